@@ -1,0 +1,87 @@
+"""What every command of nanoPusa shares: flags made from a config, one-sentence errors, safe writes, progress.
+
+A command's settings are one frozen dataclass whose fields are made with `option`; `parse` turns it into a command
+line, so a default is written down once. A user's mistake is a `ValueError` or `OSError` whose message says what was
+given, what was expected and what to do; `run` prints it as one sentence and exits with status 2.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def option(default, help: str, **argparse_settings):
+    """A dataclass field that is also a flag: `shift: float = option(5.0, "shift of the sigma schedule")`."""
+    return dataclasses.field(default=default, metadata={"help": help, **argparse_settings})
+
+
+def parse(config_class, doc: str, argv: list[str] | None = None):
+    """Build the command line of `config_class` from its fields and read `argv` (default: the process's) into it."""
+    parser = argparse.ArgumentParser(description=doc.strip().splitlines()[0])
+    for field in dataclasses.fields(config_class):
+        settings = dict(field.metadata)
+        if isinstance(field.default, bool):
+            settings["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        elif "action" not in settings:
+            kinds = {float: float, int: int, "float": float, "int": int}
+            settings.setdefault("type", kinds.get(str(getattr(field.type, "__name__", field.type)).split(" ")[0], str))
+        if field.default not in (None, False, ()) and "%(default)s" not in settings["help"]:
+            settings["help"] += " (default: %(default)s)"
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **settings)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def run(command, *arguments) -> None:
+    """Run a command's main function; a mistake of the user's ends in one sentence and exit status 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        command(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("NANOPUSA_TRACEBACK"):
+            raise
+        sentence = " ".join(str(error).split())
+        print(f"{name}: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def replacing(path: Path | str):
+    """Yield a temporary path beside `path` (same suffix) that is moved into place only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """One line on stderr with the share done, the time left and whatever figures the caller has."""
+
+    def __init__(self, total: int, label: str, done: int = 0):
+        self.total, self.label, self.done, self.first = total, label, done, done
+        self.start, self.shown = time.monotonic(), 0.0
+
+    def step(self, **figures: float) -> None:
+        """Count one step; redraw at most twice a second on a terminal, every 30 seconds in a log, and at the end."""
+        self.done += 1
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        last = self.done >= self.total
+        if not last and now - self.shown < (0.5 if terminal else 30):
+            return
+        self.shown = now
+        left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        text = f"{self.label} {self.done}/{self.total}  {shown}  {int(left) // 60}:{int(left) % 60:02d} left"
+        print(("\r\033[K" if terminal else "") + text, end="" if terminal and not last else "\n", file=sys.stderr)

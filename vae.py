@@ -1,0 +1,264 @@
+"""Wan's causal 3D VAE: a video in 8x8-pixel, 4-frame blocks, each frame of latents looking only at the past.
+
+The first pixel frame becomes the first latent frame alone, and every further group of four pixel frames becomes one
+more, so `N = 4(F-1) + 1`. Every convolution in time is padded on the side of the past only. That makes two passes
+equal: the whole sequence at once (`past=None`, convolutions pad with zeros), and chunk by chunk, where `past` remembers
+the last frames that each convolution saw. Parameter names are those of the published `Wan2.1_VAE.pth`.
+
+    latents = vae.encode(video)          # (B, 3, N, 8H, 8W) in [-1, 1] -> (B, 16, F, H, W)
+    video = vae.decode(latents, chunk=4) # the same numbers, in less memory
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+# Mean and standard deviation of each channel of the published VAE's latents (constants of the Wan2.1 code).
+WAN_LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+WAN_LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of a Wan VAE; the defaults are Wan2.1's. A frame shrinks by `patch_size * 2**(len(dim_mult) - 1)` = 8."""
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 1  # 2: pixels are first folded 2x2 into channels, which saves the level that costs most
+    latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
+    latents_std: tuple[float, ...] = WAN_LATENTS_STD
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that sees the present and the past: frames t-2, t-1, t for a kernel of 3."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int] = (3, 3, 3)):
+        super().__init__(dim_in, dim_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor, past: dict | None = None) -> Tensor:
+        frames = self.kernel_size[0] - 1
+        if frames and past is None:
+            x = F.pad(x, (0, 0, 0, 0, frames, 0))
+        elif frames:
+            before = past.get(self)
+            x = torch.cat([x.new_zeros(*x.shape[:2], frames, *x.shape[3:]) if before is None else before, x], dim=2)
+            past[self] = x[:, :, -frames:].clone()  # a view would keep the whole chunk alive
+        return super().forward(x)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over channels; gamma is (D, 1, 1, 1) for video, (D, 1, 1) for frames."""
+
+    def __init__(self, dim: int, trailing: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * trailing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.movedim(1, -1), (x.shape[1],), self.gamma.flatten().to(x.dtype), 1e-12).movedim(-1, 1)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        # Index 5 is the dropout of the published code: it has no weights, but it gives the convolution number 6.
+        self.residual = nn.Sequential(
+            RMSNorm(dim_in, 3), nn.SiLU(), CausalConv3d(dim_in, dim_out),
+            RMSNorm(dim_out, 3), nn.SiLU(), nn.Identity(), CausalConv3d(dim_out, dim_out),
+        )  # fmt: skip
+        self.shortcut = CausalConv3d(dim_in, dim_out, (1, 1, 1)) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, past: dict | None) -> Tensor:
+        return self.shortcut(x) + _through(self.residual, x, past)
+
+
+class AttentionBlock(nn.Module):
+    """One head of self-attention over the pixels of each frame; it starts as the identity."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, dim * 3, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x: Tensor, past: dict | None) -> Tensor:
+        B, _, T, H, W = x.shape
+        frames = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
+        q, k, v = rearrange(self.to_qkv(frames), "n (three c) h w -> three n 1 (h w) c", three=3)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=H)
+        return x + rearrange(self.proj(out), "(b t) c h w -> b c t h w", b=B)
+
+
+class Downsample(nn.Module):
+    """Halve height and width; in time, the first frame stays alone and every further pair becomes one."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: dict | None) -> Tensor:
+        x = _each_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        before = None if past is None else past.get(self)
+        if past is not None:
+            past[self] = x[:, :, -1:].clone()
+        if before is not None:
+            return self.time_conv(torch.cat([before, x], dim=2))
+        # A window of 3 with stride 2 that starts at frame 0 ends at frames 2, 4, ...: only frame 0 is left over.
+        return x if x.shape[2] == 1 else torch.cat([x[:, :, :1], self.time_conv(x)], dim=2)
+
+
+class Upsample(nn.Module):
+    """Double height and width and halve the channels; in time, every frame but the very first becomes two."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: dict | None) -> Tensor:
+        if self.time_conv is not None:
+            first = past is None or self not in past
+            if past is not None:
+                past[self] = True
+            alone, x = (x[:, :, :1], x[:, :, 1:]) if first else (x[:, :, :0], x)
+            if x.shape[2]:
+                x = rearrange(self.time_conv(x, past), "b (two c) t h w -> b c (t two) h w", two=2)
+            x = torch.cat([alone, x], dim=2)
+        return _each_frame(self.resample, x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.dim * multiple for multiple in (1, *config.dim_mult)]
+        self.conv1 = CausalConv3d(3 * config.patch_size**2, dims[0])
+        self.downsamples = nn.ModuleList()
+        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            for i in range(config.num_res_blocks):
+                self.downsamples.append(ResidualBlock(dim_out if i else dim_in, dim_out))
+            if level < len(config.dim_mult) - 1:
+                self.downsamples.append(Downsample(dim_out, config.temporal_downsample[level]))
+        self.middle = _middle(dims[-1])
+        self.head = _head(dims[-1], 2 * config.z_dim)
+
+    def forward(self, x: Tensor, past: dict | None) -> Tensor:
+        x = self.conv1(x, past)
+        for layer in (*self.downsamples, *self.middle):
+            x = layer(x, past)
+        return _through(self.head, x, past)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.dim * multiple for multiple in (config.dim_mult[-1], *config.dim_mult[::-1])]
+        self.conv1 = CausalConv3d(config.z_dim, dims[0])
+        self.middle = _middle(dims[0])
+        self.upsamples = nn.ModuleList()
+        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            if level:
+                dim_in //= 2  # the upsampling before this level halved the channels
+            for i in range(config.num_res_blocks + 1):
+                self.upsamples.append(ResidualBlock(dim_out if i else dim_in, dim_out))
+            if level < len(config.dim_mult) - 1:
+                self.upsamples.append(Upsample(dim_out, config.temporal_downsample[::-1][level]))
+        self.head = _head(dims[-1], 3 * config.patch_size**2)
+
+    def forward(self, x: Tensor, past: dict | None) -> Tensor:
+        x = self.conv1(x, past)
+        for layer in (*self.middle, *self.upsamples):
+            x = layer(x, past)
+        return _through(self.head, x, past)
+
+
+class WanVAE(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
+        self.decoder = Decoder(config)
+
+    def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
+        """Normalised latents, the posterior's mean, in the weights' dtype.
+
+        Args:
+            video: (B, 3, N, 8H, 8W) in [-1, 1], with N = 4(F-1) + 1.
+            chunk: latent frames at a time; None is the whole sequence at once.
+        Returns: (B, 16, F, H, W).
+        """
+        N, height, width = video.shape[2:]
+        if N % 4 != 1:
+            raise ValueError(f"a video of {N} frames cannot be encoded: expected 4k+1 frames, such as {N // 4 * 4 + 1}")
+        if height % 8 or width % 8:
+            raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both must be multiples of 8")
+        video = video.to(self.conv1.weight.dtype)
+        size = N if chunk is None else 4 * chunk
+        past = None if chunk is None else {}
+        # The first chunk is short of three frames: its first latent stands for one frame.
+        starts = [0, *range(size - 3, N, size)] if chunk else [0]
+        pieces = [self.moments(video[:, :, a:b], past)[0] for a, b in zip(starts, [*starts[1:], N], strict=True)]
+        mean, std = self._statistics(video)
+        return (torch.cat(pieces, dim=2) - mean) / std
+
+    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+        """The video of normalised latents (B, 16, F, H, W): (B, 3, N, 8H, 8W), clamped to [-1, 1].
+
+        `chunk` is the number of latent frames at a time; None is the whole sequence at once.
+        """
+        latents = latents.to(self.conv2.weight.dtype)
+        mean, std = self._statistics(latents)
+        past = None if chunk is None else {}
+        pieces = (latents * std + mean).split(chunk or latents.shape[2], dim=2)
+        return torch.cat([self.pixels(piece, past) for piece in pieces], dim=2).clamp(-1, 1)
+
+    def moments(self, video: Tensor, past: dict | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior before normalisation, each (B, 16, F, H, W)."""
+        p = self.config.patch_size
+        folded = rearrange(video, "b c t (h p) (w q) -> b (c q p) t h w", p=p, q=p)
+        return self.conv1(self.encoder(folded, past)).chunk(2, dim=1)
+
+    def pixels(self, z: Tensor, past: dict | None = None) -> Tensor:
+        """The decoder alone, on latents before normalisation and without the clamp (what training needs)."""
+        p = self.config.patch_size
+        return rearrange(self.decoder(self.conv2(z), past), "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1, 1)
+        mean, std = (torch.tensor(v) for v in (self.config.latents_mean, self.config.latents_std))
+        return mean.to(like).view(shape), std.to(like).view(shape)
+
+
+def _middle(dim: int) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)])
+
+
+def _head(dim_in: int, dim_out: int) -> nn.Sequential:
+    return nn.Sequential(RMSNorm(dim_in, 3), nn.SiLU(), CausalConv3d(dim_in, dim_out))
+
+
+def _through(layers: nn.Sequential, x: Tensor, past: dict | None) -> Tensor:
+    for layer in layers:
+        x = layer(x, past) if isinstance(layer, CausalConv3d) else layer(x)
+    return x
+
+
+def _each_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    frames = layer(rearrange(x, "b c t h w -> (b t) c h w"))
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
