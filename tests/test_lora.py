@@ -1,0 +1,437 @@
+"""LoRA: agrees with the published merge, with PEFT and with diffusers; changes all that it should and nothing else."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import lora
+from model import Wan, WanConfig
+
+GOLDEN = "tests/golden/"
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with safe_open(GOLDEN + "dit.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    config["patch_size"] = tuple(config["patch_size"])
+    return WanConfig(**config), load_file(GOLDEN + "dit.safetensors")
+
+
+@pytest.fixture
+def wan(golden):
+    config, tensors = golden
+    model = Wan(config).eval()
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    return model
+
+
+@pytest.fixture
+def inputs(golden):
+    return [golden[1][name] for name in ("x", "tau", "context")]
+
+
+@pytest.fixture(scope="module")
+def official():
+    """The pairs under the keys of the official trainer."""
+    tensors = load_file(GOLDEN + "lora.safetensors")
+    return {k.removeprefix("lora."): v for k, v in tensors.items() if k.startswith("lora.")}
+
+
+def _random(model, rank=3, alpha=None, seed=0):
+    """A LoRA in which both A and B are random, for every target layer of `model`."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"blocks.{i}.{target}" for i in range(len(model.blocks)) for target in lora.TARGETS]
+    pairs = {}
+    for name in names:
+        out_features, in_features = model.get_submodule(name).weight.shape
+        A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+        pairs[name] = (A, torch.randn(out_features, rank, generator=generator) / 10, alpha)
+    return pairs
+
+
+def _train(model, pairs):
+    """Set the pairs of an injected model, as if they had been trained."""
+    for name, (A, B, _) in pairs.items():
+        model.get_submodule(name).lora_A.data.copy_(A)
+        model.get_submodule(name).lora_B.data.copy_(B)
+
+
+def _snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, (A, B, alpha) in ours.items():
+        assert torch.equal(A, theirs[name][0]) and torch.equal(B, theirs[name][1]) and alpha == theirs[name][2], name
+
+
+def _error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+# Merging
+
+
+@torch.no_grad()
+def test_merge_is_the_published_one(wan, inputs, official, tmp_path):
+    base = wan(*inputs)
+    save_file(official, tmp_path / "pusa.safetensors")
+    with safe_open(GOLDEN + "lora.safetensors", "pt") as file:
+        strength, expected = float(file.metadata()["strength"]), file.get_tensor("velocity")
+    lora.merge(wan, lora.load(tmp_path / "pusa.safetensors"), strength)
+    assert _error(wan(*inputs), expected) < 1e-4
+    assert _error(base, expected) > 1e-2  # or the test would prove nothing
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0, 12.0])
+def test_merge_agrees_with_peft(wan, golden, alpha):
+    peft = pytest.importorskip("peft")
+    pairs = _random(wan, rank=3, alpha=alpha)
+    other = Wan(golden[0])
+    other.load_state_dict(wan.state_dict())
+    settings = peft.LoraConfig(r=3, lora_alpha=3 if alpha is None else alpha, target_modules=list(pairs))
+    other = peft.get_peft_model(other, settings)
+    for name, (A, B, _) in pairs.items():
+        layer = other.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(A)
+        layer.lora_B["default"].weight.data.copy_(B)
+    theirs = other.merge_and_unload().state_dict()
+    before = _snapshot(wan)
+    lora.merge(wan, pairs)
+    for name, weight in wan.state_dict().items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
+        assert torch.equal(weight, before[name]) != (name.removesuffix(".weight") in pairs), name
+
+
+def test_sum_in_fp32_and_cast_back(wan):
+    wan.to(torch.bfloat16)
+    pairs, before = _random(wan), _snapshot(wan)
+    lora.merge(wan, pairs, 0.7)
+    for name, (A, B, _) in pairs.items():
+        weight = wan.get_submodule(name).weight
+        expected = before[name + ".weight"].double() + 0.7 * B.double() @ A.double()
+        assert weight.dtype == torch.bfloat16
+        assert ((weight.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerge_is_exact_again_and_again(wan, dtype):
+    wan.to(dtype)
+    before, pairs = _snapshot(wan), _random(wan)
+    for strength in (1.4, 1.7, -0.3):
+        originals = lora.merge(wan, pairs, strength, keep=True)
+        assert not torch.equal(wan.blocks[0].ffn[0].weight, before["blocks.0.ffn.0.weight"])
+        lora.unmerge(wan, originals)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
+    assert lora.merge(wan, pairs) is None
+
+
+def test_two_loras_unmerge_last_first(wan):
+    before = _snapshot(wan)
+    kept = [lora.merge(wan, _random(wan, seed=seed), keep=True) for seed in (1, 2)]
+    for originals in reversed(kept):
+        lora.unmerge(wan, originals)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
+    with pytest.raises(ValueError, match="no nowhere.weight"):
+        lora.unmerge(wan, {"nowhere.weight": torch.zeros(1)})
+
+
+def test_ranks_may_differ_from_layer_to_layer(wan):
+    before = _snapshot(wan)
+    two, five = _random(wan, rank=2, alpha=1.0), _random(wan, rank=5, alpha=1.0)
+    pairs = {name: (two if i % 2 else five)[name] for i, name in enumerate(two)}
+    assert {len(A) for A, _, _ in pairs.values()} == {2, 5}
+    lora.merge(wan, pairs, 1.4)
+    for name, (A, B, _) in pairs.items():
+        expected = before[name + ".weight"] + 1.4 / len(A) * B @ A
+        torch.testing.assert_close(wan.get_submodule(name).weight.data, expected, rtol=1e-5, atol=1e-6)
+
+
+def _rename_last(pairs):
+    pairs["blocks.9.ffn.2"] = pairs.pop("blocks.1.ffn.2")
+
+
+def _name_a_norm(pairs):
+    pairs["blocks.0.norm3"] = pairs.pop("blocks.1.ffn.2")
+
+
+def _narrow_the_last(pairs):
+    A, B, alpha = pairs["blocks.1.ffn.2"]
+    pairs["blocks.1.ffn.2"] = (A[:, 1:], B, alpha)
+
+
+def _misfit_ranks(pairs):
+    A, B, alpha = pairs["blocks.1.ffn.2"]
+    pairs["blocks.1.ffn.2"] = (A[1:], B, alpha)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (_rename_last, r"matched 19 of 20 pairs; first unmatched blocks\.9\.ffn\.2"),
+        (_name_a_norm, r"matched 19 of 20 pairs; first unmatched blocks\.0\.norm3"),
+        (_narrow_the_last, r"blocks\.1\.ffn\.2 has A \(3, 95\) and B \(48, 3\), expected \(rank, 96\)"),
+        (_misfit_ranks, r"blocks\.1\.ffn\.2 has A \(2, 96\) and B \(48, 3\)"),
+        (dict.clear, "matched 0 of 0 pairs"),
+    ],
+)
+def test_a_lora_that_does_not_fit_changes_nothing(wan, spoil, message):
+    pairs, before = _random(wan), _snapshot(wan)
+    spoil(pairs)
+    with pytest.raises(ValueError, match=message):
+        lora.merge(wan, pairs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
+
+
+def test_strength_must_be_finite(wan):
+    with pytest.raises(ValueError, match="strength nan"):
+        lora.merge(wan, _random(wan), float("nan"))
+
+
+# Training
+
+
+@torch.no_grad()
+def test_a_new_pair_is_the_base_to_the_bit(wan, inputs):
+    base = wan(*inputs)
+    lora.inject(wan, rank=4)
+    assert torch.equal(wan(*inputs), base)
+
+
+def test_exactly_the_pairs_are_trainable(wan, inputs, golden):
+    names = set(wan.state_dict())
+    trainable = lora.inject(wan, rank=4)
+    expected = {f"blocks.{i}.{target}.lora_{part}" for i in range(2) for target in lora.TARGETS for part in "AB"}
+    assert {name for name, parameter in wan.named_parameters() if parameter.requires_grad} == expected
+    assert {id(parameter) for parameter in trainable} == {id(wan.get_parameter(name)) for name in expected}
+    assert all(parameter.dtype == torch.float32 for parameter in trainable)
+    assert set(wan.state_dict()) == names | expected  # the base keeps its names
+
+    optimizer = torch.optim.SGD(trainable, lr=1.0)
+    before = _snapshot(wan)
+    for _ in range(2):  # A has a gradient only once B is no longer zero
+        optimizer.zero_grad()
+        wan(*inputs).square().mean().backward()
+        optimizer.step()
+    changed = {name for name, tensor in wan.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == expected
+
+
+def test_some_targets_only(wan):
+    lora.inject(wan, rank=2, targets=("self_attn.q", "ffn.2"))
+    assert {name for name, parameter in wan.named_parameters() if parameter.requires_grad} == {
+        f"blocks.{i}.{target}.lora_{part}" for i in range(2) for target in ("self_attn.q", "ffn.2") for part in "AB"
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha, strength", [(None, 1.0), (9.0, 1.0), (None, 1.4)])
+def test_merged_equals_unmerged(wan, golden, inputs, alpha, strength):
+    pairs = _random(wan)
+    base = wan(*inputs)
+    lora.inject(wan, rank=3, alpha=alpha)
+    _train(wan, pairs)
+    for name in pairs:
+        wan.get_submodule(name).strength = strength
+    injected = wan(*inputs)
+    merged = Wan(golden[0]).eval()
+    names = merged.state_dict().keys()
+    merged.load_state_dict({name: tensor for name, tensor in wan.state_dict().items() if name in names})
+    assert torch.equal(merged(*inputs), base)
+    lora.merge(merged, lora.extract(wan), strength)
+    assert _error(merged(*inputs), injected) < 1e-5
+    assert _error(base, injected) > 1e-2
+
+
+@pytest.mark.parametrize("base, autocast", [("float32", True), ("bfloat16", True), ("bfloat16", False)])
+def test_fp32_pairs_on_a_bf16_layer(base, autocast):
+    dtype = getattr(torch, base)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(8, 6, dtype=dtype)
+    layer = lora.LoRALinear(linear, rank=2, alpha=2.0)
+    layer.lora_B.data.normal_()
+    x = torch.randn(5, 8, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == torch.float32
+    exact = x.double() @ (linear.weight + layer.lora_B @ layer.lora_A).double().T + linear.bias.double()
+    assert _error(y.double(), exact) < 0.02
+
+
+def test_injection_mistakes(wan):
+    for arguments in ({"rank": 0}, {"rank": 4, "alpha": 0.0}, {"rank": 4, "alpha": float("inf")}):
+        with pytest.raises(ValueError, match="expected both to be positive"):
+            lora.inject(wan, **arguments)
+    with pytest.raises(ValueError, match="no linear layers norm3"):
+        lora.inject(wan, rank=2, targets=("ffn.0", "norm3"))
+    assert all(parameter.requires_grad for parameter in wan.parameters())
+    lora.inject(wan, rank=2)
+    with pytest.raises(ValueError, match="already carries"):
+        lora.inject(wan, rank=2)
+
+
+# Files
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0, 8.0])
+def test_round_trip(wan, tmp_path, alpha):
+    lora.inject(wan, rank=3, alpha=alpha)
+    _train(wan, _random(wan))
+    pairs = lora.extract(wan)
+    path = tmp_path / "new" / "mine.safetensors"
+    lora.save(path, pairs, base="tiny", metadata={"steps": "900"})
+    # alpha = rank is the scale 1, which needs no alpha in the file
+    _same(lora.load(path), {name: (A, B, alpha if alpha == 8.0 else None) for name, (A, B, _) in pairs.items()})
+    with safe_open(path, "pt") as file:
+        shown = f"{alpha or 3.0:g}"
+        assert file.metadata() == {"format": "pt", "rank": "3", "alpha": shown, "base": "tiny", "steps": "900"}
+    assert [entry.name for entry in path.parent.iterdir()] == ["mine.safetensors"]
+    with pytest.raises(ValueError, match="no LoRA pairs"):
+        lora.save(path, {})
+
+
+PEFT_NAMES = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}
+
+
+@pytest.mark.parametrize(
+    "pattern, alpha",
+    [
+        ("blocks.{block}.{layer}.lora_{AB}.default.weight", None),
+        ("diffusion_model.blocks.{block}.{layer}.lora_{AB}.default.weight", None),
+        ("diffusion_model.blocks.{block}.{layer}.lora_{AB}.weight", 2.5),
+        ("blocks.{block}.{layer}.lora_{down_up}.weight", 8.0),
+        ("diffusion_model.blocks.{block}.{layer}.lora_{down_up}.weight", None),
+        ("transformer.blocks.{block}.{peft}.lora_{AB}.weight", None),
+        ("base_model.model.blocks.{block}.{peft}.lora_{AB}.pusa.weight", 4.0),
+        ("base_model.model.transformer.blocks.{block}.{layer}.lora_{AB}.weight", None),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_each_layout(wan, tmp_path, pattern, alpha, suffix):
+    pairs, tensors = _random(wan, alpha=alpha), {}
+    for name, (A, B, _) in pairs.items():
+        _, block, layer = name.split(".", 2)
+        for tensor, AB, down_up in ((A, "A", "down"), (B, "B", "up")):
+            names = {"block": block, "layer": layer, "peft": PEFT_NAMES[layer], "AB": AB, "down_up": down_up}
+            key = pattern.format(**names)
+            tensors[key] = tensor
+        if alpha is not None:
+            tensors[key.split(".lora_")[0] + ".alpha"] = torch.tensor(alpha)
+    path = tmp_path / f"lora{suffix}"
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    _same(lora.load(path), pairs)
+
+
+A, B = torch.zeros(2, 4), torch.zeros(4, 2)
+PAIR = {"blocks.0.ffn.0.lora_A.weight": A, "blocks.0.ffn.0.lora_B.weight": B}
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ({**PAIR, "blocks.0.ffn.0.diff_b": B}, r"understood 2 of 3 keys; first unknown blocks\.0\.ffn\.0\.diff_b"),
+        ({**PAIR, "blocks.0.norm3.diff": A}, r"understood 2 of 3 keys; first unknown blocks\.0\.norm3\.diff"),
+        ({**PAIR, "blocks.0.ffn.0.lora_B.bias": B}, "understood 2 of 3 keys"),
+        ({**PAIR, "blocks.0.ffn.0.dora_scale": B}, "understood 2 of 3 keys"),
+        ({**PAIR, "blocks.0.ffn.0.alpha": B}, "understood 2 of 3 keys"),
+        ({"blocks.0.ffn.0.weight": A}, "understood 0 of 1 keys"),
+        ({}, "understood 0 of 0 keys"),
+        ({**PAIR, "blocks.1.ffn.0.lora_A.weight": A}, r"1 of 2 layers lack A or B; first incomplete blocks\.1\.ffn\.0"),
+        ({**PAIR, "blocks.1.ffn.0.alpha": A[0, 0]}, "1 of 2 layers lack A or B"),
+        ({**PAIR, "diffusion_model.blocks.0.ffn.0.lora_A.weight": A}, "more than one A for a layer"),
+        ([A, B], "not a flat dict of tensors"),
+        ({"state_dict": PAIR}, "not a flat dict of tensors"),
+    ],
+)
+def test_a_file_that_is_not_wholly_understood(tmp_path, tensors, message):
+    torch.save(tensors, tmp_path / "lora.pt")
+    with pytest.raises(ValueError, match=message):
+        lora.load(tmp_path / "lora.pt")
+
+
+class _Malicious:
+    """Pickles into a call that creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_is_refused(tmp_path, zipped):
+    trap = tmp_path / "trap"
+    content = {**PAIR, "alpha": _Malicious(trap)}
+    path = tmp_path / "lora.pt"
+    torch.save(content, path) if zipped else path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match="could run code") as caught:
+        lora.load(path)
+    assert not trap.exists() and len(str(caught.value).splitlines()) == 1
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ValueError, match="no LoRA file at"):
+        lora.load(tmp_path / "none.safetensors")
+    save_file(PAIR, tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    torch.save(PAIR, tmp_path / "whole.pt")
+    zipped = (tmp_path / "whole.pt").read_bytes()
+    damaged = {"a.safetensors": whole[:-9], "b.safetensors": b"", "c.pt": zipped[:-300], "d.pt": b"", "e.pt": b"text"}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot be read|is damaged"):
+            lora.load(tmp_path / name)
+    (tmp_path / "lora.txt").write_bytes(whole)
+    with pytest.raises(ValueError, match="to end in"):
+        lora.load(tmp_path / "lora.txt")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [None, 7.0])
+def test_diffusers_reads_our_file(wan, golden, tmp_path, alpha):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    config, tensors = golden
+    theirs = WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.dim // config.num_heads,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+    ).eval()
+    theirs.load_state_dict(convert_wan_transformer_to_diffusers(_snapshot(wan)))
+    pairs = _random(wan, rank=3, alpha=alpha)
+    lora.save(tmp_path / "mine.safetensors", pairs, base="tiny")
+    state = WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name="mine.safetensors")
+    theirs.load_lora_adapter(state)
+
+    lora.merge(wan, pairs)
+    x, timestep, context = tensors["x"], tensors["timestep_uniform"], tensors["context"]
+    ours = wan(x, timestep / 1000, context)
+    assert _error(ours, theirs(x, timestep, context).sample) < 1e-4
+    assert _error(ours, tensors["velocity_uniform"]) > 1e-2
