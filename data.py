@@ -1,0 +1,403 @@
+"""Clips and captions in, latents cached, videos and contact sheets out.
+
+A clip is a media file with a caption. In memory a video is a float32 tensor (3, N, H, W) in [-1, 1], where here, and
+only here, H and W count pixels. What the frozen VAE and text encoder make of a clip never changes during training, so
+it is computed once and kept in a folder of safetensors files, each named by a hash of everything it depends on.
+
+    python train.py --data clips/        # reads captions and clips through this file
+"""
+
+import csv
+import hashlib
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import cli
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+GIVEN, GENERATED = (31, 95, 168), (232, 119, 34)  # blue and orange: told apart by colour-blind readers and in grey
+
+# swscale's bicubic (4) with full chroma both ways, exact rounding and the same bits on every processor. Its default
+# darkens a video by one level each time it is written and read again, which shows when a clip is extended repeatedly.
+_SWSCALE = 4 | 0x2000 | 0x4000 | 0x40000 | 0x80000
+_BT601 = 5  # the colour matrix in swscale's numbering
+
+
+@dataclass(frozen=True)
+class Clip:
+    path: Path
+    caption: str
+
+
+def find_clips(folder: Path | str) -> list[Clip]:
+    """Every captioned clip or image of a folder, sorted by path.
+
+    `metadata.jsonl`, or else `metadata.csv`, is the list of clips where there is one; otherwise the list is every
+    media file in the folder and in its `train/`. A caption that the list lacks is read from the `.txt` beside the clip.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: expected one with clips and their captions")
+    clips = []
+    for name, caption in _listed(folder):
+        path = next((place / name for place in (folder, folder / "train") if (place / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"the metadata of {folder} names {name}, expected it in {folder} or {folder / 'train'}")
+        sidecar = path.with_suffix(".txt")
+        if not caption and sidecar.is_file():
+            caption = sidecar.read_text(encoding="utf-8-sig")
+        clips.append(Clip(path, " ".join(caption.split())))
+    if not clips:
+        raise ValueError(f"{folder} holds no clips: expected such as a.mp4 with its caption in a.txt or metadata.csv")
+    clips.sort(key=lambda clip: (clip.path.as_posix(), clip.caption))
+    silent = [clip.path for clip in clips if not clip.caption]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {len(clips)} clips in {folder} have no caption, the first is {silent[0].name}: "
+            f"write one in {silent[0].with_suffix('.txt').name} beside it, or in metadata.csv"
+        )
+    return clips
+
+
+def _listed(folder: Path) -> list[tuple[str, str]]:
+    """(file name, caption or "") of everything that the folder offers."""
+    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    if jsonl.is_file():
+        lines = enumerate(jsonl.read_text(encoding="utf-8-sig").splitlines(), 1)
+        return [_row(line, f"{jsonl}, line {number}") for number, line in lines if line.strip()]
+    if table.is_file():
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            return [_row(row, f"{table}, line {reader.line_num}") for row in reader]
+    suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+    media = [path for place in (folder, folder / "train") if place.is_dir() for path in place.iterdir()]
+    media = [path for path in media if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+    return [(path.relative_to(folder).as_posix(), "") for path in media]
+
+
+def _row(row: dict | str, where: str) -> tuple[str, str]:
+    """(file name, caption or "") of one row of metadata: a row of a table, or the text of a JSON object."""
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+        name = next(row[key] for key in ("file_name", "video_path", "video", "path") if row.get(key))
+    except (json.JSONDecodeError, AttributeError, StopIteration) as error:
+        got = ", ".join(map(str, row)) if isinstance(row, dict) else row
+        raise ValueError(
+            f"{where} names no clip: got {got}, expected file_name, video_path, video or path, "
+            "and the caption as text, caption or prompt"
+        ) from error
+    return str(name), str(next((row[key] for key in ("text", "caption", "prompt") if row.get(key)), ""))
+
+
+def read_video(
+    path: Path | str,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+    frames: int | None = None,
+    start: float = 0.0,
+) -> Tensor:
+    """Read a video, an animated GIF or a still image (one frame) → (3, N, H, W) in [-1, 1].
+
+    size    (width, height) in pixels, reached by `resize_crop`; None keeps the file's.
+    fps     frames per second of the result: each takes the file's frame that is shown nearest to its time, by the
+            file's own timestamps; None keeps the file's frames.
+    frames  exactly that many frames, and reading stops there; None reads to the end.
+    start   seconds into the clip of the first frame.
+    ValueError if the file cannot be read or is too short.
+    """
+    path = Path(path)
+    if frames is not None and frames < 1 or fps is not None and fps <= 0 or start < 0:
+        raise ValueError(f"got {frames} frames at {fps} fps from {start} s, expected positive numbers")
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        decoded, rate = [read_image(path, size)] if start == 0 else [], fps
+    else:
+        decoded, rate = _decode(path, size, fps, frames, start)
+    if len(decoded) < (frames or 1):
+        at = f" ({len(decoded) / rate:.2f} s at {rate:g} fps)" if rate else ""
+        raise ValueError(
+            f"{path} has {len(decoded)} frames from {start:g} s on{at}, expected {frames or 'at least 1'}: "
+            "choose a longer clip or ask for fewer frames"
+        )
+    return torch.stack(decoded, dim=1)
+
+
+def _decode(path: Path, size, fps: float | None, frames: int | None, start: float) -> tuple[list[Tensor], float]:
+    """The frames wanted, each (3, H, W), and how many a second they are."""
+    decoded, latest = [], None
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video stream: expected a video or an image")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = float(fps or stream.average_rate or 25)
+            for frame in _pick(_timed(container, stream), fps, Fraction(start)):
+                if frame is not latest:  # a frame that is shown twice is converted once
+                    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", interpolation=_SWSCALE))
+                    # Phones store an upright picture sideways, and how many degrees to turn it anticlockwise.
+                    pixels = torch.rot90(pixels, round(frame.rotation / 90)).permute(2, 0, 1)  # (3, H, W)
+                    image, latest = _from_bytes(pixels, size), frame
+                decoded.append(image)
+                if len(decoded) == frames:
+                    break
+    except av.FFmpegError as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read as a video ({reason}): expected a file that FFmpeg reads") from error
+    return decoded, rate
+
+
+def _timed(container, stream) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
+    """(time, duration, frame) of each frame, in seconds from the first; exact, so that ties are ties."""
+    usual = 1 / (stream.average_rate or Fraction(25))
+    first = None
+    for index, frame in enumerate(container.decode(stream)):
+        time = index * usual if frame.pts is None else frame.pts * frame.time_base
+        first = time if first is None else first
+        yield time - first, (frame.duration * frame.time_base if frame.duration else usual), frame
+
+
+def _pick(timed, fps: float | None, start: Fraction) -> Iterator[av.VideoFrame]:
+    """The frame to show at each of start, start + 1/fps, ...: the nearest, the earlier of two that are equally near."""
+    if fps is None:
+        yield from (frame for time, duration, frame in timed if time >= start - duration / 2)
+        return
+    step, wanted = 1 / Fraction(fps), start
+    held = end = None
+    for time, duration, frame in timed:
+        while held is not None and wanted - held[0] <= time - wanted:
+            yield held[1]
+            wanted += step
+        held, end = (time, frame), time + duration
+    # The last frame stays on until it ends; a time counts if most of its own interval lies inside the clip.
+    while held is not None and (wanted + step / 2 <= end or wanted == start < end):
+        yield held[1]
+        wanted += step
+
+
+def read_image(path: Path | str, size: tuple[int, int] | None = None) -> Tensor:
+    """Read an image upright, as its EXIF orientation says → (3, H, W) in [-1, 1]; `size` as in `read_video`."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or of an unknown kind"
+        raise ValueError(f"{path} cannot be read as an image ({reason}): expected a PNG, JPEG or the like") from error
+    return _from_bytes(torch.from_numpy(pixels).permute(2, 0, 1), size)
+
+
+def _from_bytes(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """(3, h, w) of 0..255 → (3, H, W) in [-1, 1]."""
+    image = pixels.float() / 127.5 - 1
+    return image if size is None else resize_crop(image[:, None], size)[:, 0]
+
+
+def _to_bytes(video: Tensor) -> np.ndarray:
+    """(3, N, H, W) in [-1, 1] → (N, H, W, 3) of 0..255."""
+    pixels = (video.detach().float().cpu() + 1) * 127.5
+    return pixels.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous().numpy()
+
+
+def resize_crop(video: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, N, h, w) → (3, N, H, W) for size = (W, H): scaled to cover it, antialiased, and cropped around the centre."""
+    W, H = size
+    h, w = video.shape[-2:]
+    if (h, w) == (H, W):
+        return video
+    scale = max(W / w, H / h)
+    inner = (max(H, round(h * scale)), max(W, round(w * scale)))
+    images = functional.interpolate(
+        video.transpose(0, 1), size=inner, mode="bicubic", align_corners=False, antialias=True
+    )  # (N, 3, h', w')
+    top, left = (inner[0] - H) // 2, (inner[1] - W) // 2
+    # Bicubic overshoots at edges.
+    return images[..., top : top + H, left : left + W].transpose(0, 1).clamp(-1, 1)
+
+
+def write_video(path: Path | str, video: Tensor, fps: float) -> None:
+    """Write video (3, N, H, W) in [-1, 1] as .mp4 (H.264) or a looping .gif, by the suffix; same input, same bytes.
+
+    An odd width or height of an .mp4 grows by one repeated pixel, as H.264's 4:2:0 needs even ones.
+    """
+    path = Path(path)
+    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    if path.suffix.lower() not in writers:
+        raise ValueError(f"cannot write {path.name}: expected a name that ends in .mp4 or .gif")
+    with cli.replacing(path) as temporary:
+        writers[path.suffix.lower()](temporary, _to_bytes(video), Fraction(fps).limit_denominator(1001))
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    # Quality 12 of 0 (lossless) to 51; an index at the front, so that browsers can start at once. Without
+    # `cpu-independent`, or with as many threads as the machine has, the same frames can give other bytes the next time.
+    settings = {"crf": "12", "x264-params": "cpu-independent=1"}
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options=settings)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        context = stream.codec_context
+        context.thread_count = 4
+        # Untagged, players guess the colour matrix from the size. These are FFmpeg's numbers: BT.601, video range.
+        context.colorspace, context.color_range = 6, 1
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=_BT601, dst_color_range=1, interpolation=_SWSCALE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
+    # One palette for all frames, or colours would flicker; it is made from a sheet of at most 2^18 of the pixels.
+    sheet = frames.reshape(-1, 3)[:: max(1, frames.size // 3 >> 18)]
+    palette = Image.fromarray(sheet[None]).quantize(256, kmeans=2)
+    images = [Image.fromarray(pixels).quantize(palette=palette, dither=Image.Dither.NONE) for pixels in frames]
+    # GIF counts in hundredths of a second: rounding the times, not the durations, keeps the whole on time.
+    times = [round(100 * index / fps) for index in range(len(images) + 1)]
+    durations = [10 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, disposal=1)
+
+
+def save_image(path: Path | str, image: Image.Image | Tensor) -> None:
+    """Write a Pillow image, or a tensor (3, H, W) in [-1, 1], as PNG."""
+    if isinstance(image, Tensor):
+        image = Image.fromarray(_to_bytes(image[:, None])[0])
+    with cli.replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def filmstrip(
+    rows: Sequence[tuple[str, Tensor]],
+    labels: Sequence[Sequence[str] | None] | None = None,
+    marks: Sequence[Sequence[bool] | None] | None = None,
+    height: int = 96,
+    columns: int = 12,
+) -> Image.Image:
+    """A contact sheet: one row a video, time from left to right.
+
+    rows     (title, video (3, N, H, W) in [-1, 1]) of each row.
+    labels   for each row the text under each of its N frames; None writes the frames' numbers.
+    marks    for each row whether each of its N frames was given (True) or generated (False), told by the colour of its
+             border and number and by a legend; None leaves a row unmarked.
+    height   of a frame in the picture, in pixels.
+    columns  at most that many frames of each row, evenly spaced, the first and the last among them.
+    """
+    gap, line, border, grey = 6, 18, 3, (119, 119, 119)
+    font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=12)
+    labels, marks = labels or [None] * len(rows), marks or [None] * len(rows)
+    titles = [textwrap.fill(title, 22, max_lines=4, placeholder=" ...") for title, _ in rows]
+    margin = 3 * gap + max(round(font.getlength(text)) for title in titles for text in title.split("\n"))
+    legend = [("given", GIVEN), ("generated", GENERATED)] if any(mark is not None for mark in marks) else []
+    entry = line + round(font.getlength("generated")) + 2 * gap
+    cell_height = height + 2 * border
+    right, bottom = margin + entry * len(legend), gap + len(rows) * (cell_height + line + gap)
+
+    cells = []  # (left, top, colour, text, picture)
+    for row, (_, video) in enumerate(rows):
+        left, top, N = margin, gap + row * (cell_height + line + gap), video.shape[1]
+        chosen = np.linspace(0, N - 1, min(N, columns)).round().astype(int).tolist()
+        for index, pixels in zip(chosen, _to_bytes(video[:, chosen]), strict=True):
+            picture = Image.fromarray(pixels)
+            width = max(1, round(height * picture.width / picture.height))
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+            colour = None if marks[row] is None else GIVEN if marks[row][index] else GENERATED
+            cells.append((left, top, colour, str(index) if labels[row] is None else labels[row][index], picture))
+            left += width + 2 * border + gap
+        right = max(right, left)
+
+    sheet = Image.new("RGB", (right, bottom + (line + gap if legend else 0)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, title in enumerate(titles):
+        middle = gap + row * (cell_height + line + gap) + cell_height // 2
+        draw.multiline_text((gap, middle), title, fill="black", font=font, anchor="lm")
+    for left, top, colour, text, picture in cells:
+        cell_width = picture.width + 2 * border
+        if colour:
+            draw.rectangle((left, top, left + cell_width - 1, top + cell_height - 1), fill=colour)
+        sheet.paste(picture, (left + border, top + border))
+        draw.text((left + cell_width // 2, top + cell_height + 3), text, fill=colour or grey, font=small, anchor="ma")
+    for number, (name, colour) in enumerate(legend):
+        left, middle = margin + number * entry, bottom + line // 2
+        draw.rectangle((left, middle - 6, left + 12, middle + 6), fill=colour)
+        draw.text((left + line, middle), name, fill="black", font=font, anchor="lm")
+    return sheet
+
+
+def cached_latents(
+    clips: Sequence[Clip],
+    size: tuple[int, int],
+    frames: int,
+    fps: float | None,
+    vae,
+    vae_name: str,
+    cache: Path | str,
+    start: float = 0.0,
+) -> list[Tensor]:
+    """The latents (16, F, H, W) of each clip, fp32 on the CPU; only those not yet in the folder `cache` are encoded.
+
+    `size`, `frames`, `fps` and `start` as in `read_video`; `vae_name` must differ where the weights do.
+    """
+    weight = next(vae.parameters())
+
+    def encode(clip: Clip) -> Tensor:
+        video = read_video(clip.path, size, fps, frames, start)
+        return vae.encode(video[None].to(weight))[0]
+
+    keys = []
+    for clip in clips:
+        content = hashlib.sha256()
+        with open(clip.path, "rb") as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+        keys.append(_key(content.hexdigest(), list(size), frames, fps and float(fps), float(start), vae_name))
+    return _cached(clips, keys, encode, cache, "encoding clips")
+
+
+def cached_embeddings(
+    prompts: Sequence[str], embed: Callable[[list[str]], Tensor], encoder_name: str, cache: Path | str
+) -> list[Tensor]:
+    """The embedding (T, text_dim) of each prompt, fp32 on the CPU; each prompt is encoded once, ever.
+
+    `embed` maps a list of one prompt to (1, T, text_dim); `encoder_name` must differ where the weights do.
+    """
+    keys = [_key(prompt, encoder_name) for prompt in prompts]
+    return _cached(prompts, keys, lambda prompt: embed([prompt])[0], cache, "encoding prompts")
+
+
+def _key(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _cached(items: Sequence, keys: Sequence[str], compute: Callable, cache: Path | str, label: str) -> list[Tensor]:
+    """compute(item) of each item: read from the file that its key names, or else computed and written there.
+
+    What is returned is mapped from the files, not held in memory, so a dataset may be larger than the memory.
+    """
+    paths = [Path(cache) / f"{key}.safetensors" for key in keys]
+    known, missing = {}, {}
+    for path, item in zip(paths, items, strict=True):
+        try:
+            known[path] = load_file(path)["tensor"]
+        except (OSError, SafetensorError, KeyError):  # not there, or broken
+            missing[path] = item
+    progress = cli.Progress(len(missing), label)
+    for path, item in missing.items():
+        with torch.no_grad():
+            tensor = compute(item).float().cpu().contiguous()
+        with cli.replacing(path) as temporary:
+            save_file({"tensor": tensor}, temporary)
+        known[path] = load_file(path)["tensor"]
+        progress.step()
+    return [known[path] for path in paths]

@@ -1,0 +1,364 @@
+"""Clips in and out: what is written is what is read, time is kept, captions are found, nothing is encoded twice."""
+
+import json
+import struct
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+
+def moving(N: int = 9, H: int = 32, W: int = 32) -> torch.Tensor:
+    """A soft bright disc that crosses a dark frame, (3, N, H, W): smooth, so that 4:2:0 keeps its colours."""
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    centre = torch.linspace(8, W - 8, N)[:, None, None]
+    blob = torch.exp(-((x - centre) ** 2 + (y - H / 2) ** 2) / 40)  # (N, H, W)
+    return torch.stack((1.6 * blob - 0.8, 0.9 * blob - 0.6, -0.8 * blob))
+
+
+def counting(N: int) -> torch.Tensor:
+    """Frames whose grey level tells their own index, 6 levels of 255 apart."""
+    return (-0.9 + torch.arange(N) * 12 / 255)[None, :, None, None].expand(3, N, 32, 32)
+
+
+def indices(video: torch.Tensor) -> list[int]:
+    return ((video.mean((0, 2, 3)) + 0.9) * 255 / 12).round().int().tolist()
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (10 * torch.log10(4 / (a - b).pow(2).mean())).item()
+
+
+def written(path, fps=16, N=9):
+    data.write_video(path, moving(N), fps)
+    return path
+
+
+# Videos and images
+
+
+@pytest.mark.parametrize("suffix, bound", [(".mp4", 36), (".gif", 34)])
+def test_round_trip(tmp_path, suffix, bound):
+    video, path = moving(), tmp_path / f"a{suffix}"
+    data.write_video(path, video, 20)
+    read = data.read_video(path)
+    assert read.shape == video.shape and read.dtype == torch.float32 and read.abs().max() <= 1
+    assert psnr(read, video) > bound
+    with av.open(str(path)) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx([index / 20 for index in range(9)])
+    before = path.read_bytes()
+    data.write_video(path, video, 20)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_writing_and_reading_again_does_not_darken(tmp_path):
+    data.write_video(tmp_path / "a.mp4", counting(16), 16)
+    assert (data.read_video(tmp_path / "a.mp4") - counting(16)).mean().abs() < 0.25 / 127.5
+
+
+def test_gif_keeps_the_mean_rate_and_loops(tmp_path):
+    data.write_video(tmp_path / "a.gif", counting(16), 16)  # 6.25 hundredths of a second do not fit the format
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.info["loop"] == 0
+        durations = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            durations.append(image.info["duration"])
+    assert sum(durations) == 1000 and set(durations) == {60, 70}
+    assert indices(data.read_video(tmp_path / "a.gif", fps=16)) == list(range(16))
+
+
+def test_still_gif_keeps_its_length(tmp_path):
+    data.write_video(tmp_path / "a.gif", torch.zeros(3, 8, 16, 16), 16)
+    assert data.read_video(tmp_path / "a.gif", fps=16).shape[1] == 8
+
+
+def test_odd_sizes_are_padded(tmp_path):
+    video = moving(3, 31, 33)
+    data.write_video(tmp_path / "a.mp4", video, 8)
+    read = data.read_video(tmp_path / "a.mp4")
+    assert read.shape == (3, 3, 32, 34) and psnr(read[..., :31, :33], video) > 36
+
+
+def test_resampling_takes_the_nearest_frame(tmp_path):
+    data.write_video(tmp_path / "fast.mp4", counting(13), 24)
+    data.write_video(tmp_path / "slow.mp4", counting(9), 8)
+    read = data.read_video
+    # 24 to 16: targets are 1.5 source frames apart, and of two equally near frames the earlier is taken.
+    assert indices(read(tmp_path / "fast.mp4", fps=16)) == [0, 1, 3, 4, 6, 7, 9, 10, 12]
+    assert indices(read(tmp_path / "slow.mp4", fps=16)) == [index // 2 for index in range(18)]
+    assert indices(read(tmp_path / "fast.mp4")) == list(range(13))
+    assert indices(read(tmp_path / "slow.mp4", fps=16, frames=5, start=0.5)) == [4, 4, 5, 5, 6]
+    assert indices(read(tmp_path / "slow.mp4", frames=2, start=0.25)) == [2, 3]
+
+
+def test_uneven_timestamps_are_respected(tmp_path):
+    images = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (0, 100, 200)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 400, 100])
+    levels = (data.read_video(tmp_path / "a.gif", fps=10).mean((0, 2, 3)) + 1) * 127.5
+    assert levels.round().int().tolist() == [0, 100, 100, 100, 200, 200]  # they start at 0, 0.1 and 0.5 s
+
+
+def test_time_counts_from_the_first_frame(tmp_path):
+    with av.open(str(tmp_path / "late.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 32
+        for index, pixels in enumerate(data._to_bytes(counting(8))):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = index + 24, Fraction(1, 8)  # as a recording that starts at 3 s
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert indices(data.read_video(tmp_path / "late.mkv", fps=4, frames=3, start=0.25)) == [2, 4, 6]
+
+
+def test_reading_stops_once_there_are_enough_frames(tmp_path):
+    path = written(tmp_path / "a.mkv.mp4", N=64)
+    content = path.read_bytes()
+    start = content.index(b"mdat")
+    path.write_bytes(content[: start + (len(content) - start) // 2])  # the second half is lost
+    assert data.read_video(path, frames=4).shape[1] == 4
+
+
+def test_a_sideways_phone_clip_is_read_upright(tmp_path):
+    video = torch.full((3, 3, 16, 32), -0.9)
+    video[..., :16] = 0.9  # bright on the left
+    data.write_video(tmp_path / "a.mp4", video, 8)
+    content = (tmp_path / "a.mp4").read_bytes()
+    one = 1 << 16
+    matrix = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)  # x to the bottom, y to the left: clockwise
+    head, track, rest = content.partition(b"tkhd")
+    assert rest.count(matrix) == 1
+    (tmp_path / "a.mp4").write_bytes(head + track + rest.replace(matrix, turned))
+    read = data.read_video(tmp_path / "a.mp4")
+    assert read.shape == (3, 3, 32, 16)
+    assert read[..., :14, :].mean() > 0.8 and read[..., 18:, :].mean() < -0.8
+
+
+def test_images(tmp_path):
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[:, :6] = 255  # white on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image = data.read_image(tmp_path / "a.png")
+    assert image.shape == (3, 12, 8) and image[:, :6].eq(1).all() and image[:, 6:].eq(-1).all()
+    assert data.read_video(tmp_path / "a.png", size=(4, 4)).shape == (3, 1, 4, 4)
+    Image.new("LA", (4, 4), (255, 255)).save(tmp_path / "grey.png")
+    assert data.read_image(tmp_path / "grey.png").eq(1).all()
+    data.save_image(tmp_path / "sub" / "b.png", image)
+    assert data.read_image(tmp_path / "sub" / "b.png").equal(image)
+
+
+def test_resize_crop(tmp_path):
+    video = moving(2, 32, 48)
+    assert data.resize_crop(video, (48, 32)) is video
+    assert data.resize_crop(video, (32, 32)).equal(video[..., 8:40])  # covers already: a crop alone, in the centre
+    assert data.resize_crop(video, (24, 8)).shape == (3, 2, 8, 24)
+    grid = torch.arange(75)
+    board = ((grid[:, None] + grid) % 2 * 2.0 - 1).expand(3, 1, 75, 75)
+    assert board[..., 2::5, 2::5].abs().min() == 1  # the pixels under the centres of the new ones: black and white
+    assert data.resize_crop(board, (15, 15))[..., 2:-2, 2:-2].abs().max() < 0.02  # antialiased: grey
+    edge = (grid >= 32).float() * 2 - 1
+    assert data.resize_crop(edge.expand(3, 1, 75, 75), (150, 150)).abs().max() <= 1
+    data.write_video(tmp_path / "a.mp4", video, 8)
+    assert data.read_video(tmp_path / "a.mp4", size=(16, 24)).shape == (3, 2, 24, 16)
+
+
+def test_unreadable_files_and_impossible_wishes(tmp_path):
+    (tmp_path / "broken.mp4").write_text("not a video at all")
+    (tmp_path / "broken.png").write_text("not an image at all")
+    path = written(tmp_path / "short.mp4")
+    for name in ("broken.mp4", "missing.mp4"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as a video"):
+            data.read_video(tmp_path / name)
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image \(damaged"):
+        data.read_image(tmp_path / "broken.png")
+    with pytest.raises(ValueError, match=r"missing\.png cannot be read as an image \(no such file\)"):
+        data.read_image(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match=r"short\.mp4 has 9 frames from 0 s on \(0\.56 s at 16 fps\), expected 33"):
+        data.read_video(path, frames=33)
+    with pytest.raises(ValueError, match=r"short\.mp4 has 5 frames from 0 s on \(0\.62 s at 8 fps\), expected 9"):
+        data.read_video(path, fps=8, frames=9)
+    with pytest.raises(ValueError, match="has 0 frames from 7 s on .* expected at least 1"):
+        data.read_video(path, fps=8, start=7)
+    with pytest.raises(ValueError, match="got None frames at -1 fps"):
+        data.read_video(path, fps=-1)
+    with pytest.raises(ValueError, match=r"cannot write a\.webm: expected a name that ends in \.mp4 or \.gif"):
+        data.write_video(tmp_path / "a.webm", moving(), 8)
+
+
+# Captions
+
+
+def empty_media(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+
+def found(folder) -> dict[str, str]:
+    return {clip.path.relative_to(folder).as_posix(): clip.caption for clip in data.find_clips(folder)}
+
+
+def test_captions_beside_the_clips(tmp_path):
+    empty_media(tmp_path, "b.MP4", "a.gif", "train/c.png", "README.md", ".hidden.mp4")
+    for name in ("a", "b", "train/c"):
+        (tmp_path / f"{name}.txt").write_text(f" caption of\n{name}\n", encoding="utf-8")
+    assert list(found(tmp_path).items()) == [
+        ("a.gif", "caption of a"), ("b.MP4", "caption of b"), ("train/c.png", "caption of train/c")
+    ]  # fmt: skip
+
+
+def test_captions_in_csv(tmp_path):
+    empty_media(tmp_path, "train/b.mp4", "a.mp4", "unlisted.mp4")
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,text\nb.mp4,"a red, round ball"\na.mp4,ein Öl\n', encoding="utf-8-sig"
+    )
+    assert list(found(tmp_path).items()) == [("a.mp4", "ein Öl"), ("train/b.mp4", "a red, round ball")]
+    (tmp_path / "metadata.csv").write_text("prompt,video\nother keys,a.mp4\n")
+    assert found(tmp_path) == {"a.mp4": "other keys"}
+
+
+@pytest.mark.parametrize("name_key", ["file_name", "video_path", "video", "path"])
+@pytest.mark.parametrize("text_key", ["text", "caption", "prompt"])
+def test_captions_in_jsonl(tmp_path, name_key, text_key):
+    empty_media(tmp_path, "a.mp4", "train/b.mp4")
+    rows = [{name_key: "b.mp4", text_key: "two", "seed": 3}, {name_key: "a.mp4", text_key: "one"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,not this one\n")
+    (tmp_path / "a.txt").write_text("nor this one")
+    assert found(tmp_path) == {"a.mp4": "one", "train/b.mp4": "two"}
+
+
+def test_a_listed_clip_may_have_its_caption_beside_it(tmp_path):
+    empty_media(tmp_path, "a.mp4")
+    (tmp_path / "metadata.csv").write_text("file_name\na.mp4\n")
+    (tmp_path / "a.txt").write_text("beside")
+    assert found(tmp_path) == {"a.mp4": "beside"}
+
+
+def test_caption_errors(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder: expected one with clips"):
+        data.find_clips(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no clips"):
+        data.find_clips(tmp_path)
+    empty_media(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "c.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"2 of 3 clips in .* have no caption, the first is b\.mp4: .* b\.txt"):
+        data.find_clips(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\ngone.mp4,a ball\n")
+    with pytest.raises(ValueError, match=r"names gone\.mp4, expected it in .*train"):
+        data.find_clips(tmp_path)
+    (tmp_path / "metadata.csv").write_text("clip,text\na.mp4,a ball\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2 names no clip: got clip, text, expected file_name"):
+        data.find_clips(tmp_path)
+    for line in ("{broken", "[1]", '{"text": "a ball"}'):
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "one"}\n' + line)
+        with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2 names no clip: got .*, expected file_name"):
+            data.find_clips(tmp_path)
+
+
+# Filmstrips
+
+
+def test_filmstrip(tmp_path):
+    black = torch.full((3, 33, 32, 48), -1.0)
+    plain = data.filmstrip([("a row", black)])
+    marked = data.filmstrip([("a row", black), ("another", black[:, :5])], marks=[[i < 17 for i in range(33)], None])
+    assert marked.height > 2 * plain.height - 30 and plain.height > 96
+    assert 12 * 144 < plain.width < 12 * 144 + 300  # twelve frames of 144 × 96
+    middle = np.asarray(marked)[6 + 48]  # a line of pixels through the first row of frames
+    given = np.flatnonzero((middle == data.GIVEN).all(-1))
+    generated = np.flatnonzero((middle == data.GENERATED).all(-1))
+    assert len(given) == len(generated) == 6 * 2 * 3  # six frames, left and right, three pixels wide
+    assert given.max() < generated.min()
+    assert not any((np.asarray(plain) == colour).all(-1).any() for colour in (data.GIVEN, data.GENERATED))
+    named = data.filmstrip([("a row", black)], labels=[["m 0.3"] * 33])
+    assert named.size == plain.size and named.tobytes() != plain.tobytes()
+
+
+def test_filmstrip_shows_first_and_last():
+    video = counting(16)
+    strip = np.asarray(data.filmstrip([("", video)], columns=4))
+    levels = [((video[0, index, 0, 0] + 1) * 127.5).round().item() for index in (0, 5, 10, 15)]
+    line = strip[6 + 48, :, 0].tolist()
+    assert [line.count(level) for level in levels] == [96] * 4
+    assert [line.index(level) for level in levels] == sorted(line.index(level) for level in levels)
+
+
+# Caches
+
+
+class CountingVAE(torch.nn.Module):
+    """Stands in for the VAE: keeps every fourth frame at an eighth of the size, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.calls = torch.nn.Parameter(torch.ones(1)), 0
+
+    def encode(self, video):
+        self.calls += 1
+        return self.scale * video[:, :1, ::4, ::8, ::8].repeat(1, 16, 1, 1, 1)
+
+
+def test_latents_are_computed_once(tmp_path, capsys):
+    vae, cache = CountingVAE(), tmp_path / "cache"
+    clips = [data.Clip(written(tmp_path / "a.mp4"), "a"), data.Clip(tmp_path / "b.mp4", "b")]
+    data.write_video(clips[1].path, counting(9), 16)
+
+    def latents(size=(32, 32), frames=9, fps=16, name="tiny"):
+        return data.cached_latents(clips, size, frames, fps, vae, name, cache)
+
+    first = latents()
+    assert vae.calls == 2 and "2/2" in capsys.readouterr().err
+    assert [x.shape for x in first] == [(16, 3, 4, 4)] * 2 and first[0].dtype == torch.float32
+    assert not first[0].requires_grad and not first[0].equal(first[1])
+    again = latents()
+    assert vae.calls == 2 and capsys.readouterr().err == ""
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+    for changed in ({"size": (16, 16)}, {"frames": 5}, {"fps": 8, "frames": 5}, {"name": "other"}):
+        latents(**changed)
+    assert vae.calls == 2 + 4 * 2
+
+    data.write_video(clips[0].path, moving().flip(1), 16)  # the same name, another content
+    changed = latents()
+    assert vae.calls == 11 and not changed[0].equal(first[0]) and changed[1].equal(first[1])
+
+    for path in cache.iterdir():
+        content = path.read_bytes()
+        path.unlink()  # tensors in use are mapped from the old file
+        path.write_bytes(content[:-7])
+    assert all(a.equal(b) for a, b in zip(changed, latents(), strict=True)) and vae.calls == 13
+    assert all(a.equal(b) for a, b in zip(changed, latents(), strict=True)) and vae.calls == 13
+
+
+def test_embeddings_are_computed_once(tmp_path):
+    calls = []
+
+    def embed(prompts):
+        calls.extend(prompts)
+        return torch.full((1, 4, 8), float(len(prompts[0])), dtype=torch.bfloat16, requires_grad=True)
+
+    prompts = ["a ball", "a red ball", "a ball", ""]
+    first = data.cached_embeddings(prompts, embed, "tiny", tmp_path)
+    assert calls == ["a ball", "a red ball", ""]
+    assert [x[0, 0].item() for x in first] == [6, 10, 6, 0] and first[0].shape == (4, 8)
+    assert data.cached_embeddings(prompts, embed, "tiny", tmp_path)[1].equal(first[1]) and len(calls) == 3
+    data.cached_embeddings(prompts[:1], embed, "other", tmp_path)
+    assert len(calls) == 4
+    path = next(tmp_path.iterdir())
+    path.unlink()
+    path.write_bytes(b"")
+    data.cached_embeddings(prompts, embed, "tiny", tmp_path)
+    data.cached_embeddings(prompts[:1], embed, "other", tmp_path)
+    assert len(calls) == 5
