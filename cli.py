@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+import typing
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def parse(config_class, doc: str, argv: list[str] | None = None):
         if isinstance(field.default, bool):
             settings["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         elif "action" not in settings:
-            kinds = {float: float, int: int, "float": float, "int": int}
-            settings.setdefault("type", kinds.get(str(getattr(field.type, "__name__", field.type)).split(" ")[0], str))
+            kind = (typing.get_args(field.type) or (field.type,))[0]  # of `float | None`, the first
+            settings.setdefault("type", kind if kind in (int, float) else str)
         if field.default not in (None, False, ()) and "%(default)s" not in settings["help"]:
             settings["help"] += " (default: %(default)s)"
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **settings)
@@ -85,3 +86,36 @@ class Progress:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         text = f"{self.label} {self.done}/{self.total}  {shown}  {int(left) // 60}:{int(left) % 60:02d} left"
         print(("\r\033[K" if terminal else "") + text, end="" if terminal and not last else "\n", file=sys.stderr)
+
+
+def pick_device(name: str | None) -> str:
+    """The device asked for, or a GPU if there is one, or the CPU."""
+    import torch  # here, so that a wrong flag is answered before torch has loaded
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"got --device {name}, expected a device of this machine such as cpu: {error}") from None
+    return name
+
+
+def pick_dtype(name: str, device: str):
+    """The torch dtype to compute in; "auto" is bfloat16 where the hardware multiplies it faster than float32."""
+    import torch
+
+    if name == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else device.startswith("cuda")
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height in pixels of `832x480`."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise ValueError(f"got size {text!r}, expected WIDTHxHEIGHT such as 832x480")
+    if int(width) % 16 or int(height) % 16 or not int(width) * int(height):
+        raise ValueError(f"got size {text}, expected multiples of 16: 8 pixels a latent, 2 latents a patch")
+    return int(width), int(height)
