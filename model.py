@@ -106,7 +106,9 @@ class Block(nn.Module):
         self.norm3 = LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, config.num_heads, eps)
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x: Tensor, embedding: Tensor, rope: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
@@ -149,7 +151,9 @@ class Wan(nn.Module):
         self.config = config
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -186,7 +190,7 @@ class Wan(nn.Module):
         _, ph, pw = self.config.patch_size
         if C != self.config.in_dim or H % ph or W % pw:
             raise ValueError(
-                f"got latents of {C} channels, {W}x{H}; expected {self.config.in_dim} channels and multiples of {pw}x{ph}"
+                f"got latents of {C} channels, {W}x{H}, expected {self.config.in_dim} channels, multiples of {pw}x{ph}"
             )
         keys = self.prompt_keys(context) if isinstance(context, Tensor) else context
 

@@ -127,7 +127,9 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim // 2, 3, padding=1)
+        )
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, past: dict | None) -> Tensor:

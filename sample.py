@@ -1,0 +1,416 @@
+"""Sample: make a video by a task of `tasks.py`, on the embedded model or on any Wan text-to-video model.
+
+The task says which latent frames are given and how noisy they stay; the prompt is encoded once; `flow.euler` walks the
+table of noise levels; the VAE turns latents into pixels. Longer videos than the model's are made window by window, each
+conditioned on the latents at the edge of the one before.
+
+    python sample.py --task extend
+    python sample.py --task i2v --image start.png --prompt "a red circle moving left" --seed 1
+    python sample.py --task keyframes --image a.png b.png c.png --at 0,4,8 --noise 0,0.2,0.3
+
+Beside the video are a filmstrip of what was given and what was generated, and a JSON file with every setting;
+`--from-json` runs it again.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import cli
+import data
+import flow
+import lora
+import tasks
+from model import PromptKeys, Wan
+from vae import WanVAE
+
+EXAMPLES = Path("clips")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    task: str = cli.option("extend", "what to make", choices=tuple(tasks.TASKS))
+    model: str = cli.option("checkpoints/tiny", "folder or Hugging Face repository of a Wan text-to-video model")
+    lora: tuple[str, ...] | None = cli.option(
+        None, "LoRA as PATH or PATH:STRENGTH; again for more (default: the one in the model's folder)", action="append"
+    )
+    no_lora: bool = cli.option(False, "run the base model alone")
+    prompt: str | None = cli.option(None, "what the video shows (default: the caption beside the clip)")
+    negative_prompt: str | None = cli.option(None, "what guidance leads away from (default: the model's)")
+    image: tuple[str, ...] | None = cli.option(None, "image files; FILE@N is frame N of a video", nargs="+")
+    video: tuple[str, ...] | None = cli.option(None, "video files", nargs="+")
+    at: str | None = cli.option(None, "keyframes: latent frame of each image, as in 0,4,8")
+    noise: str | None = cli.option(None, "noise multiplier of the conditions in [0, 1], one or one each, as in 0,0.2")
+    strength: float = cli.option(0.7, "restyle: how much of the schedule the clip goes through, in [0, 1]")
+    frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's)")
+    seconds: float | None = cli.option(None, "length in seconds, instead of --frames")
+    size: str | None = cli.option(None, "pixels as WxH (default: the model's)")
+    fps: float | None = cli.option(None, "frames a second, read and written (default: the model's)")
+    steps: int | None = cli.option(None, "sampling steps K (default: the model's)")
+    guidance: float | None = cli.option(None, "guidance scale; 1 runs the model once a step (default: the model's)")
+    shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
+    seed: int = cli.option(0, "seed of the noise")
+    device: str | None = cli.option(None, "device (default: a GPU if there is one)")
+    dtype: str = cli.option("auto", "type of the transformer", choices=("auto", "float32", "bfloat16"))
+    out: str | None = cli.option(None, "mp4 or gif file (default: the next free outputs/TASK-NNN.mp4)")
+    overwrite: bool = cli.option(False, "replace files that exist")
+    dry_run: bool = cli.option(False, "print the tau table, the memory and the time it would take, and stop")
+    plot: bool = cli.option(False, "also draw the tau table and a filmstrip of the denoising")
+    from_json: str | None = cli.option(None, "repeat the run that this file records; only --out and --overwrite count")
+
+
+def resolve(config: SampleConfig) -> SampleConfig:
+    """Put a value in place of everything that was left to the model, the clip or the machine.
+
+    What comes out makes the same video wherever the files that it names are the same.
+    """
+    if config.from_json:
+        return dataclasses.replace(_recorded(config.from_json), out=config.out, overwrite=config.overwrite)
+    preset, task = checkpoint.load_preset(config.model), tasks.TASKS[config.task]
+    fps = preset.fps if config.fps is None else config.fps
+    if fps <= 0:
+        raise ValueError(f"got --fps {fps}, expected a number above 0, such as 16")
+    frames = preset.frames if config.frames is None else config.frames
+    if config.seconds is not None:
+        if config.frames is not None or config.seconds <= 0:
+            raise ValueError("got --seconds that are not above 0, or --frames as well; expected one of the two")
+        frames = 4 * round(config.seconds * fps / 4) + 1
+
+    image, video, at, prompt = config.image, config.video, config.at, config.prompt
+    if not image and not video and (task.images != 0 or task.videos):
+        image, video, at = _example(config.task, frames)
+        prompt = _caption(EXAMPLES / "00000.mp4") if prompt is None else prompt
+    if prompt is None:
+        source = (video or (EXAMPLES / "00000.mp4",))[0]
+        prompt = _caption(Path(source)) if video or config.task in ("t2v", "stream") else ""
+    loras = config.lora
+    if loras is None and not config.no_lora:
+        own = checkpoint.find_model(config.model) / "lora.safetensors"
+        loras = (f"{own.as_posix()}:{preset.strength:g}",) if own.exists() else ()
+    if config.lora and config.no_lora:
+        raise ValueError("got --lora and --no-lora, expected one of the two")
+    noise = config.noise
+    if noise is None and preset.noise is not None and task.noise:
+        noise = f"{preset.noise:g}"
+    device = cli.pick_device(config.device)
+
+    def chosen(given, default):
+        return default if given is None else given
+
+    return dataclasses.replace(
+        config,
+        prompt=prompt, negative_prompt=chosen(config.negative_prompt, preset.negative_prompt),
+        image=tuple(image or ()), video=tuple(video or ()), at=at, noise=noise, lora=tuple(loras or ()),
+        frames=frames, seconds=None, fps=fps, size=chosen(config.size, f"{preset.size[0]}x{preset.size[1]}"),
+        steps=chosen(config.steps, preset.steps), guidance=chosen(config.guidance, preset.guidance),
+        shift=chosen(config.shift, preset.shift), device=device,
+        dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _recorded(path: str) -> SampleConfig:
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["settings"]
+        return SampleConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"got --from-json {path}, expected the JSON file beside a video made here: {error}") from None
+
+
+def _example(task: str, frames: int) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
+    """Images, videos and positions for a task that was given none, from the clips that come with the project."""
+    one, other = (str(EXAMPLES / name) for name in ("00000.mp4", "00001.mp4"))
+    first, middle, last = (f"{one}@{n}" for n in (0, 16, 32))
+    if task == "keyframes":
+        F = tasks.latent_frames(frames)
+        return (first, middle, last), (), f"0,{F // 2},{F - 1}"
+    images = {0: (), 1: (first,), 2: (first, last)}[tasks.TASKS[task].images]
+    return images, (one, other)[: tasks.TASKS[task].videos], None
+
+
+def _caption(clip: Path) -> str:
+    beside = clip.with_suffix(".txt")
+    return beside.read_text(encoding="utf-8").strip() if beside.exists() else ""
+
+
+@dataclass
+class Job:
+    """A run, laid out: one `tasks.Plan` and one table of noise levels (K+1, F) for each window."""
+
+    plans: list[tasks.Plan]
+    taus: list[Tensor]
+    F: int  # latent frames of the whole video
+    carried: int  # latents that a window takes over from the one before
+    backwards: bool  # windows go towards the past
+
+
+def lay_out(config: SampleConfig) -> Job:
+    """The plan of every window of a resolved config. Raises ValueError for whatever does not fit together."""
+    preset = checkpoint.load_preset(config.model)
+    F = tasks.latent_frames(config.frames)
+    noise, at = _numbers("noise", config.noise, float), _numbers("at", config.at, int)
+    counts = {"images": len(config.image), "videos": len(config.video)}
+    backwards = config.task == "prepend"
+    window = F
+    if config.task in ("extend", "prepend", "stream"):
+        window = min(F, tasks.latent_frames(preset.frames))
+    first = tasks.plan(config.task, window, **counts, at=at, noise=noise, strength=config.strength)
+    plans, carried = [first], 4
+    made = window
+    while made < F:
+        if window <= carried + 1:
+            raise ValueError(f"got windows of {window} latent frames, expected more than {carried + 1} to go on from")
+        ends = (0, carried) if backwards else (carried, 0)
+        plans.append(tasks.plan(config.task, window, clip_latents=ends, noise=(0.0,)))
+        made += window - carried - backwards
+    if config.guidance < 0:
+        raise ValueError(f"got guidance {config.guidance}, expected 0 or more; 1 is without guidance")
+    taus = []
+    for plan in plans:
+        steps = -int(-config.steps // (1 - plan.d.max().item())) if config.steps > 0 else config.steps
+        taus.append(tasks.tau_schedule(plan.m, steps, config.shift, plan.d))
+    return Job(plans, taus, F, carried, backwards)
+
+
+def _numbers(flag: str, text: str | None, kind: type) -> list | None:
+    if text is None:
+        return [] if kind is int else None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"got --{flag} {text}, expected numbers with commas, as in 0,4,8") from None
+
+
+def load_model(config: SampleConfig) -> checkpoint.Pipeline:
+    """The model of a resolved config with its LoRAs merged, ready to run."""
+    torch.manual_seed(config.seed)
+    pipeline = checkpoint.load_pipeline(config.model, getattr(torch, config.dtype), config.device)
+    for entry in config.lora:
+        path, strength = _split_strength(entry, pipeline.preset.strength)
+        lora.merge(pipeline.transformer, lora.load(path), strength)
+    return pipeline
+
+
+def _split_strength(entry: str, default: float) -> tuple[str, float]:
+    """PATH or PATH:STRENGTH; the colon of `C:\\lora.safetensors` is part of the path."""
+    path, colon, number = entry.rpartition(":")
+    try:
+        return (path, float(number)) if colon else (entry, default)
+    except ValueError:
+        return entry, default
+
+
+def read_inputs(config: SampleConfig) -> dict[str, list[Tensor]]:
+    """The images and videos of a resolved config, each (1, 3, n, 8H, 8W), as `tasks.cut` takes them."""
+    size = cli.parse_size(config.size)
+    images = []
+    for name in config.image:
+        path, mark, frame = name.rpartition("@")
+        if mark and frame.isdigit() and not Path(name).exists():
+            clip = data.read_video(path, size)
+            if int(frame) >= clip.shape[1]:
+                raise ValueError(f"got {name}, but {path} has frames 0 to {clip.shape[1] - 1}; choose one of them")
+            images.append(clip[None, :, int(frame)][:, :, None])
+        else:
+            images.append(data.read_image(name, size)[None, :, None])
+    videos = [data.read_video(path, size, config.fps)[None] for path in config.video]
+    return {"image": images, "head": videos, "tail": videos}
+
+
+@torch.no_grad()
+def generate(
+    pipeline: checkpoint.Pipeline,
+    config: SampleConfig,
+    job: Job,
+    inputs: dict[str, list[Tensor]],
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """The latents (1, 16, F, H, W), fp32, of a run that `resolve` and `lay_out` have prepared.
+
+    `on_step(k, z)` is called after each step of every window.
+    """
+    width, height = cli.parse_size(config.size)
+    velocity = guided_velocity(pipeline, [config.prompt], config.negative_prompt, config.guidance)
+    generator = torch.Generator().manual_seed(config.seed)
+    made = None
+    for plan, taus in zip(job.plans, job.taus, strict=True):
+        shape = (1, pipeline.transformer.config.in_dim, len(plan.m), height // 8, width // 8)
+        x1 = torch.randn(shape, generator=generator).to(config.device)
+        if made is None:
+            x0 = conditions(pipeline.vae, plan, inputs, x1)
+        else:
+            x0 = torch.zeros_like(x1)
+            # Towards the past, the first latent of a window, a lone frame, has no place in the middle of a video.
+            edge = made[:, :, 1 : 1 + job.carried] if job.backwards else made[:, :, -job.carried :]
+            x0[:, :, list(plan.given[0].positions)] = edge
+        z = flow.euler(velocity, flow.interpolate(x0, x1, taus[:1].to(config.device)), taus, on_step)
+        if made is None:
+            made = z
+        elif job.backwards:
+            made = torch.cat([z[:, :, : -job.carried], made[:, :, 1:]], dim=2)
+        else:
+            made = torch.cat([made, z[:, :, job.carried :]], dim=2)
+    # Whole windows may overshoot. Towards the past the surplus is at the start, whose latent must stay a lone frame.
+    if job.backwards and made.shape[2] > job.F:
+        made = torch.cat([made[:, :, :1], made[:, :, made.shape[2] - job.F + 1 :]], dim=2)
+    return made[:, :, : job.F]
+
+
+@torch.no_grad()
+def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], like: Tensor) -> Tensor:
+    """The latents of everything that is given, at their places in zeros shaped `like` (B, 16, F, H, W).
+
+    inputs: for each source of a slot, its pixels (B, 3, n, 8H, 8W). Only the frames that a slot stands for are encoded,
+    so nothing that the task hides leaks into a condition.
+    """
+    x0 = torch.zeros_like(like)
+    for slot in plan.given:
+        pixels = tasks.cut(slot, inputs[slot.source][slot.index]).to(like.device)
+        x0[:, :, list(slot.positions)] = vae.encode(pixels)[:, :, slot.drop :].to(like.dtype)
+    return x0
+
+
+@torch.no_grad()
+def guided_velocity(
+    pipeline: checkpoint.Pipeline, prompts: list[str], negative_prompt: str, guidance: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """velocity(z, tau) for B prompts, led away from the negative one: v = v_neg + guidance · (v_pos - v_neg).
+
+    Prompts are encoded, and their keys and values computed, here and once. Guidance 1 runs the model once a step.
+    """
+    transformer: Wan = pipeline.transformer
+    device = next(transformer.parameters()).device
+
+    def keys(texts: list[str]) -> PromptKeys:
+        ids, mask = pipeline.tokenizer(texts)
+        return transformer.prompt_keys(pipeline.text_encoder(ids.to(device), mask.to(device)))
+
+    positive = keys(prompts)
+    negative = keys([negative_prompt] * len(prompts)) if guidance != 1 else None
+
+    def velocity(z: Tensor, tau: Tensor) -> Tensor:
+        v = transformer(z, tau, positive)
+        if negative is None:
+            return v
+        away = transformer(z, tau, negative)
+        return away + guidance * (v - away)
+
+    return velocity
+
+
+def given_frames(job: Job) -> list[bool]:
+    """For each pixel frame of the finished video, whether it was given."""
+    given = {position for slot in job.plans[0].given for position in slot.positions}
+    if job.backwards:
+        given = {job.F - len(job.plans[0].m) + position for position in given}
+    N = tasks.pixel_frames(job.F)
+    return [tasks.latent_index(n, N) in given for n in range(N)]
+
+
+def estimate(config: SampleConfig, job: Job) -> str:
+    """Memory and time of a run, from the model's sizes and a quarter of a second of matrix products."""
+    transformer_config = checkpoint.load_config(config.model)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in Wan(transformer_config).parameters())
+    dtype, (width, height) = getattr(torch, config.dtype), cli.parse_size(config.size)
+    F, D = len(job.plans[0].m), transformer_config.dim
+    tokens = F * (width // 16) * (height // 16)
+    passes = sum(len(taus) - 1 for taus in job.taus) * (1 if config.guidance == 1 else 2)
+    flops = passes * (2 * weights * tokens + 4 * transformer_config.num_layers * tokens**2 * D)
+
+    a = torch.ones(512, 512, dtype=dtype, device=config.device)
+    a @ a
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.25:
+        (a @ a)[0, 0].item()
+        done += 1
+    speed = done * 2 * 512**3 / (time.perf_counter() - start)
+
+    size = dtype.itemsize
+    activations = tokens * (8 * D + transformer_config.ffn_dim) * size
+    pixels = tasks.pixel_frames(job.F) * width * height
+    decoding = 4 * 4 * 96 * pixels  # about four tensors of Wan's widest level, fp32
+    memory = weights * size + max(activations, decoding)
+    return (
+        f"{passes} passes of {weights / 1e6:.1f} M parameters over {tokens} tokens\n"
+        f"memory: about {memory / 2**30:.2f} GiB (weights {weights * size / 2**30:.2f}, "
+        f"denoising {activations / 2**30:.2f}, decoding {decoding / 2**30:.2f})\n"
+        f"time: about {2 * flops / speed:.0f} s of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
+    )
+
+
+def outputs(config: SampleConfig) -> dict[str, Path]:
+    """The files of a run. Raises ValueError if one exists and may not be replaced."""
+    if config.out is None:
+        numbers = (n for n in range(1, 10**6) if not list(Path("outputs").glob(f"{config.task}-{n:03d}.*")))
+        video = Path("outputs") / f"{config.task}-{next(numbers):03d}.mp4"
+    else:
+        video = Path(config.out)
+    if video.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"got --out {video}, expected a file that ends in .mp4 or .gif")
+    files = {"video": video, "filmstrip": video.with_suffix(".png"), "settings": video.with_suffix(".json")}
+    if config.plot:
+        files["tau"] = video.with_name(f"{video.stem}-tau.png")
+        files["denoising"] = video.with_name(f"{video.stem}-denoising.png")
+    for path in files.values():
+        if path.exists() and not config.overwrite:
+            raise ValueError(f"{path} exists; add --overwrite to replace it, or choose another --out")
+    return files
+
+
+def sample(config: SampleConfig) -> dict[str, Path]:
+    """Run a config from files to files, and return their paths."""
+    started = time.monotonic()
+    config = resolve(config)
+    job = lay_out(config)
+    if config.dry_run:
+        print("\n\n".join(tasks.table(taus) for taus in job.taus) + "\n\n" + estimate(config, job))
+        return {}
+    files = outputs(config)
+    inputs = read_inputs(config)
+    for slot in job.plans[0].given:
+        tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
+    pipeline = load_model(config)
+    print(f"{config.task}: {config.prompt!r}", file=sys.stderr)
+    progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
+    states: list[Tensor] = []
+
+    def on_step(k: int, z: Tensor) -> None:
+        progress.step()
+        if config.plot and len(states) < len(job.taus[0]) - 1:
+            states.append(z)
+
+    latents = generate(pipeline, config, job, inputs, on_step)
+    with torch.no_grad():
+        video = pipeline.vae.decode(latents)[0].float().cpu()
+        marks = given_frames(job)
+        title = f"{config.task}: {config.prompt}"
+        data.write_video(files["video"], video, config.fps)
+        data.save_image(files["filmstrip"], data.filmstrip([(title, video)], marks=[marks]))
+        if config.plot:
+            data.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, title[:60]))
+            rows = [(f"after step {k + 1}", pipeline.vae.decode(z)[0].float().cpu()) for k, z in enumerate(states)]
+            data.save_image(files["denoising"], data.filmstrip(rows, height=48))
+    settings = dataclasses.replace(config, out=str(files["video"]), overwrite=False)
+    record = {"settings": dataclasses.asdict(settings), "torch": torch.__version__, "model": pipeline.name}
+    with cli.replacing(files["settings"]) as path:
+        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{time.monotonic() - started:.1f} s", file=sys.stderr)
+    for path in files.values():
+        print(path)
+    return files
+
+
+def main() -> None:
+    sample(cli.parse(SampleConfig, __doc__))
+
+
+if __name__ == "__main__":
+    cli.run(main)
