@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test tiny evaluate clean
+.PHONY: demo test tiny evaluate gallery clean
+
+TASKS = t2v i2v start-end extend prepend complete transition keyframes loop restyle stream
 
 demo: .venv/demo
 	$(BIN)/python sample.py --task extend
@@ -18,6 +20,11 @@ tiny: .venv/demo
 evaluate: .venv/demo
 	$(BIN)/python tiny.py --evaluate
 
+# Make the README's pictures anew, each by the command that it shows.
+gallery: .venv/demo
+	for task in $(TASKS); do $(BIN)/python sample.py --task $$task --out assets/$$task.gif --overwrite || exit 1; done
+	$(BIN)/python tasks.py --out assets/tau
+
 .venv/demo: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
@@ -28,4 +35,4 @@ evaluate: .venv/demo
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache outputs runs
+	rm -rf .venv .pytest_cache .ruff_cache

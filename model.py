@@ -225,13 +225,13 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device)
     third = head_dim // 2 // 3
     angles = []
     for axis, pairs in enumerate((head_dim // 2 - 2 * third, third, third)):
-        frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
-        position = torch.arange(grid[axis], dtype=torch.float64, device=device)
+        frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+        position = torch.arange(grid[axis], dtype=torch.float64)
         shape = [1, 1, 1, pairs]
         shape[axis] = grid[axis]
         angles.append((position[:, None] * frequency).view(shape).expand(*grid, pairs))
     angle = torch.cat(angles, dim=-1).flatten(0, 2)
-    return angle.cos().float(), angle.sin().float()
+    return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -162,14 +162,17 @@ def lay_out(config: SampleConfig) -> Job:
     if config.task in ("extend", "prepend", "stream"):
         window = min(F, tasks.latent_frames(preset.frames))
     first = tasks.plan(config.task, window, **counts, at=at, noise=noise, strength=config.strength)
-    plans, carried = [first], 4
-    made = window
+    # A window goes on from as many latents as the first was given, as noisy as those; `stream` may have had none.
+    given = [position for slot in first.given for position in slot.positions]
+    carried, carried_noise = (len(given), first.m[given].tolist()) if given else (4, (0.0,))
+    plans, made = [first], window
     while made < F:
-        if window <= carried + 1:
-            raise ValueError(f"got windows of {window} latent frames, expected more than {carried + 1} to go on from")
         ends = (0, carried) if backwards else (carried, 0)
-        plans.append(tasks.plan(config.task, window, clip_latents=ends, noise=(0.0,)))
-        made += window - carried - backwards
+        plans.append(tasks.plan(config.task, window, clip_latents=ends, noise=carried_noise))
+        fresh = window - carried - backwards
+        if fresh < 1:
+            raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
+        made += fresh
     if config.guidance < 0:
         raise ValueError(f"got guidance {config.guidance}, expected 0 or more; 1 is without guidance")
     taus = []
@@ -273,7 +276,8 @@ def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], l
     x0 = torch.zeros_like(like)
     for slot in plan.given:
         pixels = tasks.cut(slot, inputs[slot.source][slot.index]).to(like.device)
-        x0[:, :, list(slot.positions)] = vae.encode(pixels)[:, :, slot.drop :].to(like.dtype)
+        latents = vae.encode(pixels, _chunk(tasks.latent_frames(slot.frames), *pixels.shape[:-3:-1]))
+        x0[:, :, list(slot.positions)] = latents[:, :, slot.drop :].to(like.dtype)
     return x0
 
 
@@ -303,6 +307,23 @@ def guided_velocity(
         return away + guidance * (v - away)
 
     return velocity
+
+
+def decode(vae: WanVAE, latents: Tensor) -> Tensor:
+    """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W), one latent at a time if it is large."""
+    _, _, F, H, W = latents.shape
+    with torch.no_grad():
+        return vae.decode(latents, _chunk(F, 8 * W, 8 * H))[0].float().cpu()
+
+
+def _chunk(F: int, width: int, height: int) -> int | None:
+    """How many latent frames the VAE takes at a time: all of them (None) if that needs less than 2 GiB, else one."""
+    return None if _decoding_bytes(F, width, height) < 2**31 else 1
+
+
+def _decoding_bytes(F: int, width: int, height: int) -> int:
+    """About what decoding F latent frames at once takes: four tensors of Wan's widest level, 96 channels in fp32."""
+    return 4 * 96 * 4 * tasks.pixel_frames(F) * width * height
 
 
 def given_frames(job: Job) -> list[bool]:
@@ -335,8 +356,8 @@ def estimate(config: SampleConfig, job: Job) -> str:
 
     size = dtype.itemsize
     activations = tokens * (8 * D + transformer_config.ffn_dim) * size
-    pixels = tasks.pixel_frames(job.F) * width * height
-    decoding = 4 * 4 * 96 * pixels  # about four tensors of Wan's widest level, fp32
+    chunk = _chunk(job.F, width, height)
+    decoding = _decoding_bytes(job.F if chunk is None else chunk + 1, width, height)
     memory = weights * size + max(activations, decoding)
     return (
         f"{passes} passes of {weights / 1e6:.1f} M parameters over {tokens} tokens\n"
@@ -388,16 +409,13 @@ def sample(config: SampleConfig) -> dict[str, Path]:
             states.append(z)
 
     latents = generate(pipeline, config, job, inputs, on_step)
-    with torch.no_grad():
-        video = pipeline.vae.decode(latents)[0].float().cpu()
-        marks = given_frames(job)
-        title = f"{config.task}: {config.prompt}"
-        data.write_video(files["video"], video, config.fps)
-        data.save_image(files["filmstrip"], data.filmstrip([(title, video)], marks=[marks]))
-        if config.plot:
-            data.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, title[:60]))
-            rows = [(f"after step {k + 1}", pipeline.vae.decode(z)[0].float().cpu()) for k, z in enumerate(states)]
-            data.save_image(files["denoising"], data.filmstrip(rows, height=48))
+    video, title = decode(pipeline.vae, latents), f"{config.task}: {config.prompt}"
+    data.write_video(files["video"], video, config.fps)
+    data.save_image(files["filmstrip"], data.filmstrip([(title, video)], marks=[given_frames(job)]))
+    if config.plot:
+        data.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, config.task))
+        rows = [(f"after step {k + 1}", decode(pipeline.vae, z)) for k, z in enumerate(states)]
+        data.save_image(files["denoising"], data.filmstrip(rows, height=48))
     settings = dataclasses.replace(config, out=str(files["video"]), overwrite=False)
     record = {"settings": dataclasses.asdict(settings), "torch": torch.__version__, "model": pipeline.name}
     with cli.replacing(files["settings"]) as path:

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,12 +220,9 @@ def _batch(clips: Dataset, config: TrainConfig, step: int) -> tuple[Tensor, list
     return torch.stack([clips.latents[i] for i in picked]), [clips.prompts[i] for i in picked]
 
 
-def _order(seed: int, epoch: int, total: int, known: dict = {}) -> list[int]:  # noqa: B006 (a cache on purpose)
-    if (seed, epoch, total) not in known:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        known.clear()
-        known[seed, epoch, total] = torch.randperm(total, generator=generator).tolist()
-    return known[seed, epoch, total]
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, total: int) -> list[int]:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
 @torch.no_grad()

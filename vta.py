@@ -37,8 +37,9 @@ def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
     The angles are computed in double precision, as in the published code; timesteps are not rounded to integers.
     """
     half = dim // 2
-    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=tau.device) / half)
-    angle = 1000.0 * tau.double()[..., None] * frequency
+    precise = torch.float32 if tau.device.type == "mps" else torch.float64  # Apple's GPUs have no double
+    frequency = 10000.0 ** (-torch.arange(half, dtype=precise, device=tau.device) / half)
+    angle = 1000.0 * tau.to(precise)[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 

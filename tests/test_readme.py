@@ -1,0 +1,306 @@
+"""README.md: its commands run, its edits apply, its paths and flags exist, and its numbers are those of the code.
+
+How its commands are run, in their order, in a copy of what they need (the code, `clips/`, `checkpoints/`):
+
+    ```sh     `python FILE.py ...` as it stands, in this process, with modules loaded anew from the copy. Two files
+              would take minutes, and get the flags of `SHORTER` on top: train.py two steps, world.py two clips.
+              What sets up or tests (make, venv, activate, pip, ruff, pytest) is not run; its target or file must exist.
+    ```diff   an edit of the file that it names: applied to the copy for the next block, then undone.
+    ```python run as it stands.
+    ```text   commands that need downloads or files of the reader's: their flags are parsed, nothing is run.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import checkpoint
+import cli
+import data
+import flow
+import sample
+import tasks
+import tiny
+import train
+import world
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONFIGS = {
+    "sample.py": sample.SampleConfig, "train.py": train.TrainConfig, "tiny.py": tiny.TinyConfig,
+    "world.py": world.WorldConfig, "tasks.py": tasks.Config,
+}  # fmt: skip
+SHORTER = {"train.py": ["--steps", "2"], "world.py": ["--count", "2"]}
+OTHERS_FLAGS = {"--index-url"}  # of pip
+
+# Named in the README, but made by its commands or by the reader, or part of other people's folders.
+MADE_IN = ("outputs/", "runs/", "data/world", ".cache/")
+MADE = {
+    "a.mp4", "a.txt", "metadata.csv", "metadata.jsonl", "metrics.jsonl", "lora.safetensors", "filmstrip.png",
+    "data → vae/text → flow(model(vta)) → vae → data",
+}  # fmt: skip
+SUFFIXES = (".py", ".txt", ".toml", ".md", ".png", ".gif", ".mp4", ".json", ".jsonl", ".csv", ".safetensors")
+
+
+class Block(NamedTuple):
+    heading: str
+    kind: str
+    text: str
+    edits: tuple[str, ...]  # the ```diff blocks right before it
+
+
+def _blocks() -> list[Block]:
+    found, edits, heading = [], (), ""
+    for match in re.finditer(r"^## ([^\n]+)$|^```(\w+)\n(.*?)^```$", README, re.M | re.S):
+        heading = match[1] or heading
+        if match[2] == "diff":
+            edits += (match[3],)
+        elif match[2]:
+            found.append(Block(heading, match[2], match[3], edits))
+            edits = ()
+    assert not edits, "an edit is followed by no block that tries it"
+    return found
+
+
+BLOCKS = _blocks()
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+CODE = re.findall(r"`([^`\n]+)`", PROSE)
+
+
+def _cases(*kinds: str) -> list:
+    chosen = [block for block in BLOCKS if block.kind in kinds]
+    return [pytest.param(b, id=f"{i:02d}-{b.heading.lower().replace(' ', '-')}") for i, b in enumerate(chosen)]
+
+
+# Commands
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    for name in ("clips", "checkpoints"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".cache"))
+    return folder
+
+
+@contextlib.contextmanager
+def _edited(folder: Path, edits: tuple[str, ...]):
+    """Files of the folder changed as ```diff blocks say, and put back."""
+    originals = {}
+    try:
+        for edit in edits:
+            first, *lines = edit.splitlines()
+            assert first.startswith("--- "), f"a diff block must begin with the name of its file, got {first!r}"
+            path = folder / first[4:]
+            text = originals.setdefault(path, path.read_text(encoding="utf-8"))
+            before = "".join(line[1:] + "\n" for line in lines if line[0] != "+")
+            after = "".join(line[1:] + "\n" for line in lines if line[0] != "-")
+            assert text.count(before) == 1, f"{path.name} has these lines {text.count(before)} times:\n{before}"
+            path.write_text(text.replace(before, after), encoding="utf-8")
+        yield
+    finally:
+        for path, text in originals.items():
+            path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _as_a_process(folder: Path, monkeypatch):
+    """The folder as working directory and first place of modules, none of which is loaded yet; yields its output."""
+    ours = {path.stem for path in folder.glob("*.py")}
+    loaded = {name: sys.modules.pop(name) for name in ours & sys.modules.keys()}
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            yield out
+    finally:
+        for name in ours:
+            sys.modules.pop(name, None)
+        sys.modules.update(loaded)
+
+
+def _check_setup(words: list[str]) -> bool:
+    """Whether a line only sets up or tests; then what it names exists."""
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M), words
+        return True
+    if words[:2] == ["pip", "install"]:
+        pinned = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        assert (ROOT / words[3]).is_file() if words[2] == "-r" else words[2] in pinned, words
+        return True
+    return words in (["python", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])
+
+
+@pytest.mark.parametrize("block", _cases("sh"))
+def test_commands_run(block, copy, monkeypatch):
+    for line in block.text.splitlines():
+        words = shlex.split(line, comments=True)
+        if _check_setup(words):
+            continue
+        assert words[0] == "python" and words[1] in CONFIGS, f"no rule how to try {line!r}"
+        with _edited(copy, block.edits), _as_a_process(copy, monkeypatch) as out:
+            monkeypatch.setattr(sys, "argv", words[1:] + SHORTER.get(words[1], []))
+            try:
+                runpy.run_path(str(copy / words[1]), run_name="__main__")
+            except SystemExit as end:
+                pytest.fail(f"{line}\nended with status {end.code}; its sentence is in the captured stderr")
+        files = [name for name in out.getvalue().splitlines() if name.startswith(("outputs", "runs"))]
+        assert files or words[1] in ("tasks.py", "world.py") or "--dry-run" in words, f"{line}\nnames no file it wrote"
+        for name in files:
+            assert (copy / name).exists(), f"{line}\nnames {name}, which is not there"
+
+
+def test_a_run_from_its_json_gave_the_same_video(copy):
+    first, second = (copy / "outputs" / f"{name}.mp4" for name in ("first", "second"))
+    if not first.exists():
+        pytest.skip("the commands of the README were not run before this test")
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("block", _cases("python"))
+def test_python_runs_and_prints_what_its_comments_say(block, copy, monkeypatch):
+    with _edited(copy, block.edits), _as_a_process(copy, monkeypatch) as out:
+        exec(compile(block.text, "README.md", "exec"), {"__name__": "readme"})
+    said = re.findall(r"^print\(.*\)  # (\S+)$", block.text, re.M)
+    assert said and out.getvalue().splitlines()[: len(said)] == said
+
+
+@pytest.mark.parametrize("block", _cases("text"))
+def test_commands_that_are_not_run_have_flags_that_exist(block):
+    for line in block.text.splitlines():
+        if line.startswith("python "):
+            _, file, *argv = shlex.split(line)
+            cli.parse(CONFIGS[file], "README", argv)
+
+
+def test_every_block_is_of_a_kind_that_is_tried():
+    assert {block.kind for block in BLOCKS} == {"sh", "python", "text", "bibtex"}
+
+
+def test_commands_in_the_text_exist():
+    known = {"ruff check .", "python -m pytest"}
+    for code in CODE:
+        words = code.split()
+        if words[0] == "python" and code not in known:
+            assert words[1] in CONFIGS, code
+        elif words[0] in ("make", "pip"):
+            assert _check_setup(words), code
+
+
+def test_every_flag_exists():
+    fields = {f.name for config in CONFIGS.values() for f in dataclasses.fields(config)} | {"help"}
+    flags = {"--" + name.replace("_", "-") for name in fields} | OTHERS_FLAGS
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
+    assert len(named) > 20 and named <= flags, named - flags
+
+
+# Paths
+
+
+def test_every_path_exists():
+    links = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r"(?:src|href)=\"([^\"]+)\"", README)
+    named = [link for link in links if not link.startswith(("http", "#"))]
+    for code in CODE:
+        is_path = re.fullmatch(r"[\w./-]+", code) and (code.endswith((*SUFFIXES, "/")) or code.count("/"))
+        if is_path and code not in MADE and not code.startswith(MADE_IN) and not code.startswith("."):
+            named.append(code)
+    named += [word.partition("@")[0] for word in re.findall(r"(?:clips|checkpoints)/[\w./@-]*", README)]
+    missing = sorted({name for name in named if not (ROOT / name.partition(":")[0]).exists()})
+    assert len(named) > 40 and not missing, f"the README names {missing}, which the repository does not have"
+
+
+def test_the_tree_is_that_of_the_repository():
+    tree = next(block.text for block in BLOCKS if block.heading == "Files")
+    named = [line.split()[0] for line in tree.splitlines()]
+    assert all((ROOT / name).exists() for name in named), named
+    try:
+        tracked = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git repository: what else it has cannot be told from what the reader made")
+    top = {path.partition("/")[0] for path in tracked if not path.startswith(".")}
+    assert top <= {name.partition("/")[0] for name in named} | {"README.md"}
+
+
+def test_every_task_has_its_pictures_and_its_command():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    made = re.search(r"^TASKS = (.*)$", makefile, re.M)[1].split()
+    assert made == list(tasks.TASKS) and "--out assets/$$task.gif" in makefile and "--out assets/tau" in makefile
+    assert re.findall(r"assets/([\w-]+)\.gif", README) == list(tasks.TASKS)
+    assert re.findall(r"assets/tau/([\w-]+)\.png", README) == list(tasks.TASKS)
+    block = next(block.text for block in BLOCKS if block.heading == "The tasks")
+    assert re.findall(r"--task ([\w-]+)", block) == list(tasks.TASKS)
+
+
+# Words and numbers
+
+
+def test_the_method_is_that_of_flow():
+    block = next(block.text for block in BLOCKS if block.heading == "The method in five lines")
+    assert len(block.splitlines()) == 5
+    for line in block.splitlines():
+        assert line in flow.__doc__
+
+
+def test_the_table_of_tasks_is_that_of_the_code():
+    for name, task in tasks.TASKS.items():
+        noise = ", ".join(f"{m:g}" for m in task.noise)
+        assert f"| `{name}` | {task.given} | {noise}{' ' if noise else ''}| <img" in README
+
+
+def test_the_evaluation_is_that_of_the_model():
+    block = re.search(r"<!-- evaluation -->\n(.*?)\n<!-- /evaluation -->", README, re.S)[1].strip()
+    judged = (ROOT / "checkpoints" / "tiny" / "README.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in judged.splitlines() if line.startswith("|"))
+    assert block == table, "put the table of checkpoints/tiny/README.md between the README's evaluation comments"
+
+
+def test_captions_in_commands_are_those_of_the_toy_world():
+    words = {word for scene in world.scenes(500, seed=0) for word in scene.caption.split()}
+    prompts = re.findall(r'--prompt "([^"]+)"', "".join(block.text for block in BLOCKS if block.kind == "sh"))
+    for prompt in prompts:
+        assert set(prompt.split()) <= words, f"the embedded model does not know every word of {prompt!r}"
+
+
+def test_every_number_is_that_of_the_code():
+    wan, own = checkpoint.Preset(), checkpoint.load_preset(ROOT / "checkpoints" / "tiny")
+    size = sum(path.stat().st_size for path in (ROOT / "checkpoints" / "tiny").rglob("*") if path.is_file())
+    assert size < 16 * 10**6 and len(data.find_clips(ROOT / "clips")) == 16
+    assert own.noise == 0 and tiny.VAE.patch_size == 2 and tiny.TEXT_LEN == 32
+    facts = (
+        "less than 16 MB",
+        "sixteen captioned clips",
+        f"{own.size[0]}x{own.size[1]} pixels, {own.frames} frames at {own.fps:g} a second",
+        f"{wan.size[0]}x{wan.size[1]},\n{wan.frames} frames, {wan.fps:g} fps, {wan.steps} steps, "
+        f"guidance {wan.guidance:g}, shift {wan.shift:g}, LoRA strength {wan.strength:g}",
+    )
+    text = README
+    for fact in facts:
+        assert fact in text, fact
+        text = text.replace(fact, "")
+    # What is left of digits must be a name, a symbol's definition, a task's noise, or an address.
+    apart = r"<!-- evaluation -->.*?<!-- /evaluation -->|^```.*?^```$|^\|.*?$|`[^`\n]+`"
+    text = re.sub(apart, "", text, flags=re.M | re.S)
+    names = (
+        "https://arxiv.org/abs/2507.16116", "PUSA V1.0", "Wan2.1", "Wan2.2", "umT5", "fp32", "Python 3.10", "14B",
+        "Apache License 2.0", "folds pixels 2x2", "causal 3D", "(n + 3) // 4",
+    )  # fmt: skip
+    for name in names:
+        text = text.replace(name, "")
+    left = [line for line in text.splitlines() if re.search(r"\d", re.sub(r"^\*\*\d\.", "", line))]
+    assert not left, f"numbers that no test compares with the code: {left}"
