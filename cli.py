@@ -2,7 +2,7 @@
 
 A command's settings are one frozen dataclass whose fields are made with `option`; `parse` turns it into a command
 line, so a default is written down once. A user's mistake is a `ValueError` or `OSError` whose message says what was
-given, what was expected and what to do; `run` prints it as one sentence and exits with status 2.
+given, what was expected and what to do; `run` prints it as one sentence and exits with status 2. Ctrl-C exits with 130.
 """
 
 import argparse
@@ -42,8 +42,10 @@ def run(command, *arguments) -> None:
     name = Path(sys.argv[0]).name
     try:
         command(*arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        after_progress = "\n" if sys.stderr.isatty() else ""
+        print(f"{after_progress}{name}: {str(stop) or 'stopped'}", file=sys.stderr)
+        sys.exit(130)  # what a shell expects of a command that Ctrl-C ended
     except (ValueError, OSError) as error:
         if os.environ.get("NANOPUSA_TRACEBACK"):
             raise

@@ -14,6 +14,7 @@ Beside the video are a filmstrip of what was given and what was generated, and a
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class SampleConfig:
     overwrite: bool = cli.option(False, "replace files that exist")
     dry_run: bool = cli.option(False, "print the tau table, the memory and the time it would take, and stop")
     plot: bool = cli.option(False, "also draw the tau table and a filmstrip of the denoising")
-    from_json: str | None = cli.option(None, "repeat the run that this file records; only --out and --overwrite count")
+    from_json: str | None = cli.option(None, "repeat the run of this file; only --out, --overwrite and --dry-run count")
 
 
 def resolve(config: SampleConfig) -> SampleConfig:
@@ -73,20 +74,22 @@ def resolve(config: SampleConfig) -> SampleConfig:
     What comes out makes the same video wherever the files that it names are the same.
     """
     if config.from_json:
-        return dataclasses.replace(_recorded(config.from_json), out=config.out, overwrite=config.overwrite)
+        kept = {name: getattr(config, name) for name in ("out", "overwrite", "dry_run")}
+        return dataclasses.replace(_recorded(config.from_json), **kept)
     preset, task = checkpoint.load_preset(config.model), tasks.TASKS[config.task]
     fps = preset.fps if config.fps is None else config.fps
-    if fps <= 0:
+    if not 0 < fps < math.inf:
         raise ValueError(f"got --fps {fps}, expected a number above 0, such as 16")
     frames = preset.frames if config.frames is None else config.frames
     if config.seconds is not None:
-        if config.frames is not None or config.seconds <= 0:
+        if config.frames is not None or not 0 < config.seconds < math.inf:
             raise ValueError("got --seconds that are not above 0, or --frames as well; expected one of the two")
         frames = 4 * round(config.seconds * fps / 4) + 1
 
     image, video, at, prompt = config.image, config.video, config.at, config.prompt
     if not image and not video and (task.images != 0 or task.videos):
-        image, video, at = _example(config.task, frames)
+        image, video, places = _example(config.task, frames)
+        at = places if at is None else at
         prompt = _caption(EXAMPLES / "00000.mp4") if prompt is None else prompt
     if prompt is None:
         source = (video or (EXAMPLES / "00000.mp4",))[0]
@@ -118,10 +121,15 @@ def resolve(config: SampleConfig) -> SampleConfig:
 
 def _recorded(path: str) -> SampleConfig:
     try:
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))["settings"]
-        return SampleConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
+        entries = dict(json.loads(Path(path).read_text(encoding="utf-8"))["settings"])
+        config = SampleConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
+        missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"got --from-json {path}, expected the JSON file beside a video made here: {error}") from None
+    cli.pick_device(config.device)
+    return config
 
 
 def _example(task: str, frames: int) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
@@ -173,7 +181,7 @@ def lay_out(config: SampleConfig) -> Job:
         if fresh < 1:
             raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
         made += fresh
-    if config.guidance < 0:
+    if not 0 <= config.guidance < math.inf:
         raise ValueError(f"got guidance {config.guidance}, expected 0 or more; 1 is without guidance")
     taus = []
     for plan in plans:

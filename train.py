@@ -100,7 +100,16 @@ def train(config: TrainConfig) -> Path:
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)
     first, seconds = 0, 0.0
     if config.resume:
-        saved = torch.load(state_path, map_location=device, weights_only=True)
+        try:
+            saved = torch.load(state_path, map_location=device, weights_only=True)
+        except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
+            reason = str(error).splitlines()[0][:100]
+            raise ValueError(f"cannot read {state_path} ({reason}); start again with another --out") from error
+        if [value.shape for value in saved["trained"]] != [parameter.shape for parameter in trained]:
+            raise ValueError(
+                f"got --resume, but the weights in {state_path} are not those that these flags train; repeat the "
+                f"--model, --rank, --full and --from-scratch that are in {out / 'settings.json'}"
+            )
         for parameter, value in zip(trained, saved["trained"], strict=True):
             parameter.data.copy_(value)
         optimizer.load_state_dict(saved["optimizer"])
@@ -117,7 +126,7 @@ def train(config: TrainConfig) -> Path:
         path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
     network = torch.compile(transformer, dynamic=False) if config.compile else transformer
     progress = cli.Progress(config.steps, "training", first)
-    start, step, smooth, validation = time.monotonic(), first, None, {}
+    start, done, smooth, validation = time.monotonic(), first, None, {}
     try:
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
@@ -129,9 +138,9 @@ def train(config: TrainConfig) -> Path:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
+            done = step + 1  # from here on the step counts, should Ctrl-C come
             optimizer.zero_grad()
             smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            done = step + 1
             if config.val_every and (done % config.val_every == 0 or done == config.steps):
                 validation = validate(network, clips, device, dtype)
                 _log(out / "metrics.jsonl", {"step": done, "loss": smooth, **validation})
@@ -141,8 +150,8 @@ def train(config: TrainConfig) -> Path:
                 _filmstrip(config, transformer, clips, device, out / f"step-{done:06d}.png")
             progress.step(loss=smooth, **validation)
     except KeyboardInterrupt:
-        save_state(step)
-        raise ValueError(f"stopped at step {step}; go on with the same command and --resume") from None
+        save_state(done)
+        raise KeyboardInterrupt(f"stopped after step {done}; go on with the same command and --resume") from None
     save_state(config.steps)
 
     _filmstrip(config, transformer, clips, device, out / "filmstrip.png")
@@ -171,7 +180,7 @@ def prepare(config: TrainConfig, encoder: nn.Module, device: str, dtype: torch.d
     vae = checkpoint.load_vae(config.model, device=device)
     preset = checkpoint.load_preset(config.model)
     size = cli.parse_size(config.size) if config.size else preset.size
-    frames = config.frames or preset.frames
+    frames = preset.frames if config.frames is None else config.frames
     tasks.latent_frames(frames)
     cache = Path(config.data) / ".cache"
     with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
@@ -296,6 +305,7 @@ def _check(config: TrainConfig) -> None:
         if not 0 <= getattr(config, name) <= 1:
             flag = name.replace("_", "-")
             raise ValueError(f"got --{flag} {getattr(config, name)}, expected a probability in [0, 1]")
+    flow.shifted(torch.ones(1), config.shift)
     if config.from_scratch and not config.full:
         raise ValueError("got --from-scratch without --full: a LoRA needs trained weights under it; add --full")
 

@@ -17,14 +17,16 @@ import checkpoint
 from checkpoint import (
     TEXT_NAMES,
     TRANSFORMER_NAMES,
+    Preset,
     load_pipeline,
-    load_shift,
+    load_preset,
     load_text_encoder,
     load_tokenizer,
     load_transformer,
     load_vae,
     rename,
     save_pipeline,
+    save_preset,
     vae_names,
 )
 from model import Wan, WanConfig
@@ -234,7 +236,7 @@ def test_pipeline_comes_back_as_it_was_written(small):
         assert getattr(loaded, part).config == getattr(small, part).config
     ids, mask = loaded.tokenizer(PROMPTS)
     assert ids.shape == (2, WAN.text_len) and mask.sum(1).tolist() == [6, 6]
-    assert (loaded.shift, loaded.name, loaded.path) == (3.0, "model", small.folder)
+    assert (loaded.preset, loaded.name, loaded.path) == (Preset(), "model", small.folder)
     assert all(p.requires_grad and p.is_leaf for p in loaded.transformer.parameters()), "training needs them"
 
 
@@ -369,7 +371,7 @@ def test_original_folder_holds_the_same_model(original, small):
     means = {"latents_mean": published.latents_mean, "latents_std": published.latents_std}
     assert loaded.vae.config == replace(VAE, **means)
     assert torch.equal(loaded.tokenizer(PROMPTS)[0], load_tokenizer(small.folder)(PROMPTS)[0])
-    assert loaded.shift == 5.0
+    assert loaded.preset == Preset()
 
 
 @pytest.mark.parametrize(
@@ -510,14 +512,19 @@ def test_config_of_another_model_is_one_sentence(copied):
         load_transformer(copied)
 
 
-def test_published_scheduler_configs_name_their_shift(tmp_path):
-    assert load_shift(tmp_path) == 5.0
-    (tmp_path / "scheduler").mkdir()
-    path = tmp_path / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}))
-    assert load_shift(tmp_path) == 3.0
-    path.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0}))
-    assert load_shift(tmp_path) == 7.0
+def test_a_preset_comes_back_and_what_it_leaves_out_is_published(tmp_path):
+    assert load_preset(tmp_path) == Preset(size=(832, 480), frames=81, fps=16.0, steps=30, shift=5.0, guidance=3.0)
+    preset = Preset(size=(64, 64), frames=33, noise=0.0, negative_prompt="")
+    save_preset(tmp_path, preset)
+    assert load_preset(tmp_path) == preset
+    (tmp_path / "sampling.json").write_text(json.dumps({"steps": 4}))
+    assert load_preset(tmp_path) == Preset(steps=4)
+
+
+def test_a_preset_with_a_misspelt_field_is_one_sentence(tmp_path):
+    (tmp_path / "sampling.json").write_text(json.dumps({"step": 4}))
+    with pytest.raises(ValueError, match=r"\['step'\], expected only the fields of checkpoint.Preset"):
+        load_preset(tmp_path)
 
 
 # The hub.

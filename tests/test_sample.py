@@ -1,0 +1,612 @@
+"""Sampling: every task from the command line to its files, what a condition may see, long videos, and the mistakes."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import FRAMES, call, clips_fixture, mistake, model_fixture, random_lora, scene_video  # noqa: F401
+
+import checkpoint
+import data
+import flow
+import lora
+import sample
+import tasks
+from model import Wan
+from sample import SampleConfig
+from text import UMT5Encoder
+
+NAMES = tuple(tasks.TASKS)
+
+
+@pytest.fixture(autouse=True)
+def examples(clips, monkeypatch):
+    """The clips that a task takes when it is given none."""
+    monkeypatch.setattr(sample, "EXAMPLES", clips)
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """Run the command on the miniature model, in fp32 unless told otherwise, to a.mp4."""
+
+    def run(*arguments, out="a.mp4"):
+        flags = ["--model", model, "--dtype", "float32", "--out", tmp_path / "out" / out]
+        return call(sample, *flags, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Names of what is in the folder of outputs."""
+
+    def names():
+        return sorted(path.name for path in (tmp_path / "out").glob("*"))
+
+    return names
+
+
+def _settings(path):
+    return json.loads(path.read_text(encoding="utf-8"))["settings"]
+
+
+def _latents(model, task, inputs=None, **changes):
+    """What `generate` makes of a config; inputs in place of what the files hold."""
+    config = sample.resolve(SampleConfig(task=task, model=str(model), dtype="float32", **changes))
+    job = sample.lay_out(config)
+    inputs = sample.read_inputs(config) if inputs is None else inputs
+    return sample.generate(sample.load_model(config), config, job, inputs)
+
+
+# Every task.
+
+
+@pytest.mark.parametrize("task", NAMES)
+def test_a_task_makes_its_files_and_repeats_to_the_bit(task, run, made, tmp_path):
+    result = run("--task", task, "--seed", 3)
+    assert result.status == 0, result.err
+    assert made() == ["a.json", "a.mp4", "a.png"]
+    out = tmp_path / "out"
+    assert result.out.split() == [str(out / name) for name in ("a.mp4", "a.png", "a.json")]
+    video = data.read_video(out / "a.mp4")
+    assert video.shape == (3, FRAMES, 32, 32)
+    assert video.std() > 0.05
+    assert data.read_image(out / "a.png").shape[2] > 200
+
+    repeated = call(sample, "--from-json", out / "a.json", "--out", out / "b.mp4")
+    assert repeated.status == 0, repeated.err
+    for suffix in (".mp4", ".png"):
+        assert (out / f"a{suffix}").read_bytes() == (out / f"b{suffix}").read_bytes(), suffix
+    assert _settings(out / "b.json") == _settings(out / "a.json") | {"out": str(out / "b.mp4")}
+
+
+def test_another_seed_is_another_video(run, tmp_path):
+    for name, seed in (("a.mp4", 3), ("b.mp4", 4)):
+        assert run("--task", "i2v", "--seed", seed, out=name).status == 0
+    a, b = (data.read_video(tmp_path / "out" / name) for name in ("a.mp4", "b.mp4"))
+    assert (a - b)[:, 1:].abs().max() > 0.1
+
+
+def test_a_task_takes_files_of_the_user(run, clips, tmp_path):
+    data.save_image(tmp_path / "a b.png", scene_video(0)[:, 0])
+    a, b = tmp_path / "a b.png", f"{clips / '00001.mp4'}@20"
+    video = clips / "00002.mp4"
+    for number, arguments in enumerate(
+        [
+            ("i2v", "--image", a),
+            ("start-end", "--image", a, b),
+            ("keyframes", "--image", b, a, b, "--at", "3,0,6", "--noise", "0,0.2,0.3"),
+            ("extend", "--video", video, "--noise", "0,0.5"),
+            ("transition", "--video", video, clips / "00000.mp4"),
+            ("stream", "--video", video),
+            ("restyle", "--video", video, "--strength", 0.4),
+        ]
+    ):
+        result = run("--task", *arguments, "--prompt", "a red circle", out=f"{number}.mp4")
+        assert result.status == 0, result.err
+        settings = _settings(tmp_path / "out" / f"{number}.json")
+        assert settings["prompt"] == "a red circle"
+        assert settings["image"] + settings["video"] == [
+            str(argument) for argument in arguments if argument in (a, b, video, clips / "00000.mp4")
+        ]
+
+
+def test_the_prompt_is_the_caption_beside_the_clip_unless_given(run, clips, tmp_path):
+    for name, flags, prompt in (
+        ("a", ["--video", clips / "00002.mp4"], (clips / "00002.txt").read_text().strip()),
+        ("b", ["--video", clips / "00002.mp4", "--prompt", ""], ""),
+        ("c", [], (clips / "00000.txt").read_text().strip()),
+    ):
+        assert run("--task", "extend", *flags, out=f"{name}.mp4").status == 0
+        assert _settings(tmp_path / "out" / f"{name}.json")["prompt"] == prompt
+
+
+def test_what_is_left_open_is_written_down(run, model, tmp_path):
+    """The JSON file names every value, so that it repeats the run on another machine, or after the presets changed."""
+    assert run("--task", "extend").status == 0
+    settings = _settings(tmp_path / "out" / "a.json")
+    open_still = {name for name, value in settings.items() if value is None}
+    assert open_still == {"seconds", "at", "from_json"}
+    assert settings["lora"] == [f"{(model / 'lora.safetensors').as_posix()}:1"]
+    chosen = ("size", "frames", "steps", "shift", "guidance", "noise", "fps")
+    assert [settings[name] for name in chosen] == ["32x32", FRAMES, 3, 3.0, 2.0, "0", 16.0]
+
+
+def test_a_gif_another_size_a_length_in_seconds_and_the_type_of_the_machine(model, tmp_path):
+    out = tmp_path / "a.gif"
+    flags = ["--size", "48x32", "--seconds", "0.9", "--fps", "10", "--steps", "2", "--guidance", "1"]
+    result = call(sample, "--model", model, "--task", "i2v", "--out", out, *flags)
+    assert result.status == 0, result.err
+    assert data.read_video(out).shape == (3, 9, 32, 48)
+    assert _settings(out.with_suffix(".json"))["dtype"] in ("float32", "bfloat16")
+
+
+def test_without_out_a_free_number_is_taken(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in ("001", "002"):
+        result = call(sample, "--model", model, "--task", "t2v", "--dtype", "float32", "--frames", 5)
+        assert result.status == 0 and f"t2v-{number}.mp4" in result.out, result
+    assert len(list((tmp_path / "outputs").iterdir())) == 6
+
+
+def test_dry_run_prints_the_tau_table_and_writes_nothing(run, made):
+    result = run("--task", "extend", "--dry-run", "--noise", "0,0.3,0.4,0.5")
+    assert result.status == 0, result.err
+    plan = tasks.plan("extend", 7, noise=(0, 0.3, 0.4, 0.5))
+    assert tasks.table(tasks.tau_schedule(plan.m, 3, 3.0, plan.d)) in result.out
+    assert "GiB" in result.out and "time: about" in result.out and "6 passes" in result.out
+    assert made() == []
+
+
+def test_dry_run_shows_every_window(run):
+    result = run("--task", "extend", "--dry-run", "--frames", 61)  # 16 latents: 7 + 3 + 3 + 3
+    assert result.out.count("step |") == 4
+
+
+def test_plot_writes_both_pictures(run, made, tmp_path):
+    assert run("--task", "start-end", "--plot").status == 0
+    assert made() == ["a-denoising.png", "a-tau.png", "a.json", "a.mp4", "a.png"]
+    for name in ("a-denoising.png", "a-tau.png"):
+        assert data.read_image(tmp_path / "out" / name).std() > 0.1
+
+
+# The network's work.
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the transformer, its prompt keys and the text encoder were run."""
+    counts = {"forward": 0, "prompt_keys": 0, "encoder": 0}
+
+    def count(owner, method, name):
+        original = getattr(owner, method)
+
+        def counted(*arguments):
+            counts[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, method, counted)
+
+    count(Wan, "forward", "forward")
+    count(Wan, "prompt_keys", "prompt_keys")
+    count(UMT5Encoder, "forward", "encoder")
+    return counts
+
+
+def test_guidance_runs_the_transformer_twice_a_step_and_encodes_prompts_once(run, calls):
+    assert run("--task", "t2v", "--steps", 5).status == 0
+    assert calls == {"forward": 10, "prompt_keys": 2, "encoder": 2}
+
+
+def test_guidance_1_runs_the_transformer_once_a_step(run, calls):
+    assert run("--task", "t2v", "--steps", 5, "--guidance", 1).status == 0
+    assert calls == {"forward": 5, "prompt_keys": 1, "encoder": 1}
+
+
+def test_a_long_video_encodes_its_prompts_once(run, calls):
+    assert run("--task", "extend", "--frames", 37).status == 0
+    assert calls == {"forward": 2 * 3 * 2, "prompt_keys": 2, "encoder": 2}
+
+
+@torch.no_grad()
+def test_guidance_is_linear_in_the_scale(model):
+    pipeline = checkpoint.load_pipeline(model, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    z, tau = torch.randn(2, 16, 3, 4, 4, generator=generator), torch.rand(2, 3, generator=generator)
+    prompts, negative = ["a red circle", "a blue square"], "a white triangle"
+
+    def velocity(scale):
+        return sample.guided_velocity(pipeline, prompts, negative, scale)(z, tau)
+
+    plain, away = velocity(1), velocity(0)
+    assert (plain - away).abs().max() > 1e-3
+    torch.testing.assert_close(velocity(3), away + 3 * (plain - away))
+    alone = sample.guided_velocity(pipeline, prompts[1:], negative, 3)(z[1:], tau[1:])
+    torch.testing.assert_close(velocity(3)[1:], alone)
+    context = pipeline.text_encoder(*pipeline.tokenizer(prompts))
+    torch.testing.assert_close(plain, pipeline.transformer(z, tau, context))
+
+
+# What a condition sees, and what becomes of it.
+
+
+def _inputs(video):
+    return {"image": [video[:, :, :1]], "head": [video], "tail": [video]}
+
+
+@pytest.mark.parametrize(
+    ("task", "hidden"),
+    [("complete", slice(5, 16)), ("extend", slice(0, 12)), ("prepend", slice(17, 25)), ("stream", slice(0, 12))],
+)
+def test_frames_that_a_task_hides_change_nothing(task, hidden, model, clips):
+    """`complete` keeps 2 latents at each end: 5 frames, and 8 with the one before them."""
+    video = scene_video(0, FRAMES)[None]
+    flags = {"video": (str(clips / "00000.mp4"),)}
+    first = _latents(model, task, _inputs(video), **flags)
+    other = video.clone()
+    other[:, :, hidden] = torch.rand_like(other[:, :, hidden]) * 2 - 1
+    assert torch.equal(_latents(model, task, _inputs(other), **flags), first)
+    edges = {hidden.start - 1, hidden.stop} & set(range(FRAMES))
+    for edge in edges:
+        other = video.clone()
+        other[:, :, edge] *= -1
+        assert not torch.equal(_latents(model, task, _inputs(other), **flags), first), f"frame {edge} is given"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["i2v", "start-end", "extend", "prepend", "complete", "transition", "keyframes"])
+def test_clean_conditions_are_kept_to_the_bit(task, model):
+    config = sample.resolve(SampleConfig(task=task, model=str(model), dtype="float32"))
+    job, inputs, pipeline = sample.lay_out(config), sample.read_inputs(config), sample.load_model(config)
+    latents = sample.generate(pipeline, config, job, inputs)
+    x0 = sample.conditions(pipeline.vae, job.plans[0], inputs, latents)
+    given = [position for slot in job.plans[0].given for position in slot.positions]
+    assert given and torch.equal(latents[:, :, given], x0[:, :, given])
+    free = [i for i in range(7) if i not in given]
+    assert (x0[:, :, free] == 0).all() and (latents[:, :, free].std() > 0.1)
+
+
+def test_noise_lets_a_condition_change(model):
+    clean, noisy = (_latents(model, "i2v", noise=noise) for noise in ("0", "0.5"))
+    change = (clean - noisy)[:, :, 0].abs().max()
+    assert 0 < change
+    assert change < (_latents(model, "i2v", noise="1") - clean)[:, :, 0].abs().max(), "1 leaves nothing of it"
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """The state that each window starts from and the one it ends with."""
+    walked, euler = [], flow.euler
+
+    def spy(velocity, z, taus, on_step=None):
+        end = euler(velocity, z, taus, on_step)
+        walked.append((z, end))
+        return end
+
+    monkeypatch.setattr(flow, "euler", spy)
+    return walked
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [33, 49])  # F = 9, of which one latent too many is made, and 13: three windows
+@pytest.mark.parametrize(("task", "clip"), [("extend", True), ("stream", True), ("stream", False)])
+def test_a_long_video_goes_on_from_the_latents_before(task, clip, frames, model, clips, windows):
+    flags = {"video": (str(clips / "00001.mp4"),)} if clip else {"prompt": "a red circle"}
+    latents = _latents(model, task, frames=frames, **flags)
+    F = tasks.latent_frames(frames)
+    assert latents.shape == (1, 16, F, 4, 4) and latents.isfinite().all()
+    made = windows[0][1]
+    assert len(windows) == 1 + -(-(F - 7) // 3)
+    if clip:
+        config = sample.resolve(SampleConfig(task=task, model=str(model), frames=frames, **flags))
+        vae = checkpoint.load_vae(model)
+        x0 = sample.conditions(vae, sample.lay_out(config).plans[0], sample.read_inputs(config), made)
+        assert torch.equal(latents[:, :, :4], x0[:, :, :4]), "the first window keeps what it is given"
+    for start, end in windows[1:]:
+        assert torch.equal(start[:, :, :4], made[:, :, -4:]) and torch.equal(end[:, :, :4], start[:, :, :4])
+        assert not torch.equal(end[:, :, 4:], windows[0][1][:, :, 4:]), "each window has its own noise"
+        made = torch.cat([made, end[:, :, 4:]], dim=2)
+    assert torch.equal(latents, made[:, :, :F])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [33, 37, 41])  # F = 9, 10, 11 of windows that add 2
+def test_a_long_prepend_keeps_the_clip_at_the_end(frames, model, clips, windows):
+    flags = {"video": (str(clips / "00001.mp4"),)}
+    latents = _latents(model, "prepend", frames=frames, **flags)
+    F = tasks.latent_frames(frames)
+    assert latents.shape == (1, 16, F, 4, 4)
+    config = sample.resolve(SampleConfig(task="prepend", model=str(model), frames=frames, **flags))
+    job = sample.lay_out(config)
+    x0 = sample.conditions(checkpoint.load_vae(model), job.plans[0], sample.read_inputs(config), windows[0][1])
+    assert torch.equal(latents[:, :, -4:], x0[:, :, -4:])
+    for (_, later), (start, end) in zip(windows, windows[1:], strict=False):
+        # The first latent of a window is a lone frame: only the four after it may stand in the middle of a video.
+        assert torch.equal(end[:, :, -4:], later[:, :, 1:5]) and torch.equal(end[:, :, -4:], start[:, :, -4:])
+    assert torch.equal(latents[:, :, :1], windows[-1][1][:, :, :1]), "the video begins with a lone frame"
+    assert sample.given_frames(job) == [False] * (frames - 16) + [True] * 16
+
+
+def test_a_window_goes_on_from_as_much_as_the_first_was_given(model, clips):
+    flags = {"video": (str(clips / "00001.mp4"),), "noise": "0,0.3", "frames": 45}  # 12 latents: 7 and 5 more
+    job = sample.lay_out(sample.resolve(SampleConfig(task="extend", model=str(model), **flags)))
+    expected = torch.tensor([0, 0.3, 1, 1, 1, 1, 1])
+    assert len(job.plans) == 2 and all(torch.equal(plan.m, expected) for plan in job.plans)
+    assert _latents(model, "extend", **flags).shape[2] == 12
+
+
+def test_given_frames_of_the_tasks(model):
+    def given(task, **changes):
+        config = sample.resolve(SampleConfig(task=task, model=str(model), **changes))
+        return [n for n, mark in enumerate(sample.given_frames(sample.lay_out(config))) if mark]
+
+    assert given("t2v") == []
+    assert given("i2v") == [0]
+    assert given("start-end") == [0, 21, 22, 23, 24]
+    assert given("extend", frames=37) == list(range(13))
+    assert given("complete") == [*range(5), *range(17, 25)]
+    assert given("keyframes") == [0, 9, 10, 11, 12, 21, 22, 23, 24]
+
+
+# LoRAs.
+
+
+def test_strength_0_is_the_model_alone(model):
+    alone = _latents(model, "t2v", no_lora=True)
+    assert torch.equal(_latents(model, "t2v", lora=(f"{model / 'lora.safetensors'}:0",)), alone)
+    own = _latents(model, "t2v")
+    assert (own - alone).abs().max() > 1e-2, "the LoRA of the folder is merged unless told otherwise"
+    assert torch.equal(_latents(model, "t2v", lora=(str(model / "lora.safetensors"),)), own), "at the preset's strength"
+
+
+def test_loras_add_up(model, tmp_path):
+    base = checkpoint.load_transformer(model)
+    one, other = random_lora(base, seed=2), random_lora(base, seed=3)
+    paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
+    for path, pairs in zip(paths, (one, other), strict=True):
+        lora.save(path, pairs)
+    flags = {"lora": (f"{paths[0]}:0.5", f"{paths[1]}:-0.25"), "model": str(model), "dtype": "float32"}
+    merged = sample.load_model(sample.resolve(SampleConfig(task="t2v", **flags))).transformer
+    for name, (A, B, _) in one.items():
+        expected = base.get_submodule(name).weight + 0.5 * B @ A - 0.25 * other[name][1] @ other[name][0]
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected)
+
+    twice = _latents(model, "t2v", lora=(f"{paths[0]}:0.5", f"{paths[0]}:0.5"))
+    torch.testing.assert_close(twice, _latents(model, "t2v", lora=(f"{paths[0]}:1",)), atol=1e-3, rtol=1e-3)
+    assert (twice - _latents(model, "t2v", lora=(f"{paths[0]}:0.5",))).abs().max() > 1e-2
+
+
+def test_a_colon_may_be_part_of_a_path(model, tmp_path):
+    folder = tmp_path / "c:d"
+    folder.mkdir()
+    shutil.copy(model / "lora.safetensors", folder / "a.safetensors")
+    own = _latents(model, "t2v")
+    assert torch.equal(_latents(model, "t2v", lora=(str(folder / "a.safetensors"),)), own)
+    assert torch.equal(_latents(model, "t2v", lora=(f"{folder / 'a.safetensors'}:1.0",)), own)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--task t2v --frames 26", ["got 26 frames", "4k+1", "25 and 29"]),
+        ("--task t2v --frames 0", ["got 0 frames", "4k+1"]),
+        ("--task t2v --frames 9 --seconds 2", ["--seconds", "one of the two"]),
+        ("--task t2v --seconds -1", ["--seconds", "above 0"]),
+        ("--task extend --frames 13", ["got 4 latent frames for extend", "--frames 17"]),
+        ("--task t2v --fps 0", ["got --fps 0", "above 0"]),
+        ("--task t2v --fps inf", ["--fps inf", "above 0"]),
+        ("--task t2v --fps nan", ["--fps nan", "above 0"]),
+        ("--task t2v --seconds inf", ["--seconds", "above 0"]),
+        ("--task t2v --size 33x32", ["got size 33x32", "multiples of 16"]),
+        ("--task t2v --size large", ["got size 'large'", "WIDTHxHEIGHT"]),
+        ("--task t2v --steps 0", ["got 0 steps", "at least 1"]),
+        ("--task stream --steps -3", ["got -3 steps", "at least 1"]),
+        ("--task t2v --guidance -1", ["got guidance -1", "0 or more"]),
+        ("--task t2v --guidance nan", ["got guidance nan", "0 or more"]),
+        ("--task t2v --shift 0", ["got shift 0", "above 0"]),
+        ("--task t2v --shift inf", ["got shift inf", "above 0"]),
+        ("--task t2v --shift nan", ["got shift nan", "above 0"]),
+        ("--task restyle --strength 1.5", ["1.5", "[0, 1]"]),
+        ("--task i2v --noise 1.2", ["got noise 1.2", "[0, 1]"]),
+        ("--task i2v --noise -0.1", ["got noise -0.1", "[0, 1]"]),
+        ("--task i2v --noise nan", ["got noise nan", "[0, 1]"]),
+        ("--task start-end --noise 0,0.1,0.2", ["got 3 noise values", "2 condition latents"]),
+        ("--task i2v --noise a", ["got --noise a", "numbers with commas"]),
+        ("--task t2v --noise 0.2", ["got noise for t2v", "expected none"]),
+        ("--task keyframes --image CLIP@0 CLIP@1 --at 0,7", ["got position 7", "0 to 6"]),
+        ("--task keyframes --image CLIP@0 CLIP@1 --at=-1,2", ["got position -1", "0 to 6"]),
+        ("--task keyframes --image CLIP@0 CLIP@1 --at 2,2", ["[2, 2]", "only once"]),
+        ("--task keyframes --image CLIP@0 CLIP@1 --at 0", ["got 1 positions", "one for each image"]),
+        ("--task keyframes --image CLIP@0 CLIP@1", ["got 0 positions", "one for each image"]),
+        ("--task keyframes --image CLIP@0 --at 0.5", ["got --at 0.5", "numbers with commas"]),
+        ("--task t2v --at 3", ["got positions for t2v", "expected none"]),
+        ("--task i2v --image CLIP@0 CLIP@1", ["got 2 images for i2v", "expected 1"]),
+        ("--task extend --video CLIP CLIP", ["got 2 videos for extend", "expected 1"]),
+        ("--task i2v --video CLIP", ["i2v", "expected"]),
+        ("--task t2v --video CLIP", ["got 1 videos for t2v", "expected 0"]),
+        ("--task i2v --image CLIP@33", ["@33", "frames 0 to 32"]),
+        ("--task i2v --image none.png", ["none.png", "no such file"]),
+        ("--task i2v --image TEXT", ["text.mp4 cannot be read as an image"]),
+        ("--task extend --video none.mp4", ["none.mp4", "cannot be read"]),
+        ("--task extend --video TEXT", ["text.mp4", "cannot be read as a video"]),
+        ("--task extend --video SHORT", ["got a clip of 9 frames", "at least 13"]),
+        ("--task t2v --lora none.safetensors", ["no LoRA file at none.safetensors"]),
+        ("--task t2v --lora none.safetensors --no-lora", ["--lora and --no-lora", "one of the two"]),
+        ("--task t2v --lora MODEL/lora.safetensors:nan", ["strength nan"]),
+        ("--task t2v --lora TEXT:1", ["text.mp4", ".safetensors"]),
+        ("--task t2v --device nonsense", ["got --device nonsense"]),
+        ("--task t2v --out OUT/a.avi", ["a.avi", ".mp4 or .gif"]),
+        ("--task t2v --model none", ["got none as a model", "expected a folder"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(flags, words, run, made, model, clips, tmp_path):
+    places = {"CLIP": clips / "00000.mp4", "MODEL": model, "OUT": tmp_path / "out"}
+    if "TEXT" in flags:
+        (tmp_path / "text.mp4").write_text("no video at all")
+        places["TEXT"] = tmp_path / "text.mp4"
+    if "SHORT" in flags:
+        data.write_video(tmp_path / "short.mp4", scene_video(0, 9), 16)
+        places["SHORT"] = tmp_path / "short.mp4"
+    for name, path in places.items():
+        flags = flags.replace(name, str(path))
+    mistake(run(*flags.split()), *words)
+    assert made() == []
+
+
+def test_positions_without_images_are_not_dropped(run, made):
+    """The images of the project come with positions of their own: those of the user must not be lost without a word."""
+    result = run("--task", "keyframes", "--at", "0,99,3")
+    mistake(result, "99")
+    assert made() == []
+
+
+def test_a_lora_that_does_not_match_tells_how_much_did(run, made, model, tmp_path):
+    pairs = random_lora(checkpoint.load_transformer(model), seed=1)
+    pairs["blocks.2.ffn.0"] = tuple(matrix.clone() for matrix in pairs["blocks.0.ffn.0"][:2]) + (None,)
+    lora.save(tmp_path / "deep.safetensors", pairs)
+    mistake(run("--task", "t2v", "--lora", tmp_path / "deep.safetensors"), "20 of 21", "blocks.2.ffn.0", "nothing was")
+    save_file({"text_model.q.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    mistake(run("--task", "t2v", "--lora", tmp_path / "other.safetensors"), "0 of 1", "text_model.q.weight")
+    wide = {name: (A.repeat(1, 2), B, None) for name, (A, B, _) in pairs.items() if name != "blocks.2.ffn.0"}
+    lora.save(tmp_path / "wide.safetensors", wide)
+    mistake(run("--task", "t2v", "--lora", tmp_path / "wide.safetensors"), "(rank, 48)")
+    assert made() == []
+
+
+@pytest.fixture
+def broken(model, tmp_path):
+    return shutil.copytree(model, tmp_path / "broken")
+
+
+def test_an_image_to_video_model_is_refused(run, made, broken):
+    path = broken / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 36}))
+    mistake(run("--task", "i2v", "--model", broken), "image-conditioned (I2V) model of 36", "expected a text-to-video")
+    assert made() == []
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_a_missing_file_of_the_model_is_named(missing, run, made, broken):
+    (broken / missing).unlink()
+    mistake(run("--task", "t2v", "--model", broken), missing)
+    assert made() == []
+
+
+def test_a_missing_shard_is_named(run, made, broken):
+    path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    shards = [f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+    names = sorted(state)
+    save_file({name: state[name] for name in names[::2]}, path.with_name(shards[0]))
+    save_file({name: state[name] for name in names[1::2]}, path.with_name(shards[1]))
+    where = {name: shards[i % 2] for i, name in enumerate(names)}
+    path.with_name(path.name + ".index.json").write_text(json.dumps({"weight_map": where}))
+    path.unlink()
+    assert run("--task", "t2v", "--model", broken, out="whole.mp4").status == 0
+    path.with_name(shards[1]).unlink()
+    mistake(run("--task", "t2v", "--model", broken), shards[1])
+    assert not [name for name in made() if name.startswith("a.")]
+
+
+def test_a_damaged_file_of_the_model_is_named(run, made, broken):
+    path = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    mistake(run("--task", "t2v", "--model", broken), "vae/diffusion_pytorch_model.safetensors", "cannot read")
+    (broken / "sampling.json").write_text("{")
+    mistake(run("--task", "t2v", "--model", broken), "sampling.json", "JSON")
+    assert made() == []
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png", "a.json"])
+def test_what_exists_is_kept_unless_told_otherwise(name, run, made, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(b"mine")
+    mistake(run("--task", "t2v"), name, "--overwrite")
+    assert made() == [name] and (out / name).read_bytes() == b"mine"
+    assert run("--task", "t2v", "--overwrite").status == 0
+    assert made() == ["a.json", "a.mp4", "a.png"] and (out / name).read_bytes() != b"mine"
+
+
+def test_what_is_replaced_stays_whole_when_the_run_fails(run, made, tmp_path):
+    assert run("--task", "t2v").status == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    mistake(run("--task", "t2v", "--overwrite", "--lora", "none.safetensors"), "none.safetensors")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+# Runs from a record.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no JSON",
+        "[]",
+        "{}",
+        '{"settings": 3}',
+        '{"settings": []}',
+        '{"settings": {}}',
+        '{"settings": {"nonsense": 1}}',
+        '{"settings": {"task": "t2v"}}',
+    ],
+)
+def test_a_record_that_is_none_is_refused(text, made, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    result = call(sample, "--from-json", tmp_path / "a.json", "--out", tmp_path / "out" / "a.mp4")
+    mistake(result, "a.json")
+    assert made() == []
+
+
+def test_a_record_that_is_not_there_is_refused(tmp_path):
+    mistake(call(sample, "--from-json", tmp_path / "none.json", "--out", tmp_path / "a.mp4"), "none.json")
+
+
+def test_a_record_of_a_device_that_is_not_here_is_refused(run, made, tmp_path):
+    assert run("--task", "t2v").status == 0
+    record = json.loads((tmp_path / "out" / "a.json").read_text())
+    record["settings"]["device"] = "cuda:77"
+    (tmp_path / "b.json").write_text(json.dumps(record))
+    mistake(call(sample, "--from-json", tmp_path / "b.json", "--out", tmp_path / "out" / "b.mp4"), "cuda:77")
+    assert made() == ["a.json", "a.mp4", "a.png"]
+
+
+def test_a_repeated_run_does_not_replace_the_first(run, made, tmp_path):
+    assert run("--task", "t2v").status == 0
+    before = (tmp_path / "out" / "a.mp4").read_bytes()
+    json_file = tmp_path / "out" / "a.json"
+    mistake(call(sample, "--from-json", json_file, "--out", tmp_path / "out" / "a.mp4"), "--overwrite")
+    result = call(sample, "--from-json", json_file, "--out", tmp_path / "out" / "a.mp4", "--overwrite")
+    assert result.status == 0 and (tmp_path / "out" / "a.mp4").read_bytes() == before
+    assert not _settings(json_file)["overwrite"]
+
+
+def test_a_dry_run_of_a_record_stays_one(run, made, tmp_path):
+    assert run("--task", "t2v").status == 0
+    flags = ["--from-json", tmp_path / "out" / "a.json", "--out", tmp_path / "out" / "b.mp4", "--dry-run"]
+    result = call(sample, *flags)
+    assert result.status == 0 and "step |" in result.out
+    assert made() == ["a.json", "a.mp4", "a.png"]
+
+
+def test_resolving_again_changes_nothing(model):
+    config = sample.resolve(SampleConfig(task="start-end", model=str(model)))
+    again = sample.resolve(dataclasses.replace(config, lora=config.lora or None))
+    assert again == config

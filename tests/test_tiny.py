@@ -1,0 +1,142 @@
+"""The embedded model: small, whole, the same in diffusers as here, and good enough for what the README shows of it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from small import call
+
+import checkpoint
+import data
+import lora
+import sample
+import tiny
+import world
+from sample import SampleConfig
+
+MODEL = Path("checkpoints/tiny")
+LORA = MODEL / "lora.safetensors"
+PROMPT = "a large red circle moving left slowly on a grey background"
+SCENES = list(world.scenes(4, seed=11, unseen=True, pairs=0.0))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = WanPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pusa():
+    """The model with its LoRA merged, fp32."""
+    pipeline = checkpoint.load_pipeline(MODEL, torch.float32)
+    lora.merge(pipeline.transformer, lora.load(LORA), pipeline.preset.strength)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return torch.stack([world.render(scene) for scene in SCENES])
+
+
+# What is in the folder.
+
+
+def test_it_is_small_and_nothing_in_it_is_code():
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
+
+
+def test_it_is_what_tiny_py_makes():
+    config = checkpoint.load_config(MODEL)
+    assert (config.in_dim, config.text_len) == (16, tiny.TEXT_LEN)
+    assert checkpoint.load_preset(MODEL) == tiny.PRESET
+    vae = checkpoint.load_vae(MODEL).config
+    measured = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
+    assert vae == dataclasses.replace(tiny.VAE, **measured)
+    assert all(0.1 < std < 10 for std in vae.latents_std)
+
+
+def test_it_knows_every_word_of_the_world():
+    tokenizer = checkpoint.load_tokenizer(MODEL)
+    ids, mask = tokenizer([scene.caption for scene in world.scenes(200, seed=3, unseen=True, pairs=0.5)])
+    assert not (ids == tokenizer.tokenizer.token_to_id("<unk>")).any()
+    assert mask.sum(1).max() <= tiny.TEXT_LEN and (ids[mask.sum(1) == tiny.TEXT_LEN, -1] == 1).all()
+    assert (mask.sum(1) < tiny.TEXT_LEN).all(), "no caption is cut"
+
+
+# The same in diffusers.
+
+
+@torch.no_grad()
+def test_diffusers_makes_the_same_video(pipe):
+    config = sample.resolve(
+        SampleConfig(
+            task="t2v", prompt=PROMPT, negative_prompt="a small blue square", steps=4, guidance=3.0, frames=17,
+            model=str(MODEL), no_lora=True, dtype="float32", device="cpu", seed=5,
+        )
+    )  # fmt: skip
+    ours = sample.load_model(config)
+    video = ours.vae.decode(sample.generate(ours, config, sample.lay_out(config), {}))
+    x1 = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
+    frames = pipe(
+        prompt=config.prompt, negative_prompt=config.negative_prompt, guidance_scale=3.0, num_inference_steps=4,
+        height=64, width=64, num_frames=17, latents=x1, max_sequence_length=tiny.TEXT_LEN, output_type="np",
+    ).frames  # fmt: skip
+    theirs = torch.from_numpy(frames).permute(0, 4, 1, 2, 3)  # (1, N, H, W, 3) → (1, 3, N, H, W)
+    assert video.std() > 0.1
+    assert ((video + 1) / 2 - theirs).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_diffusers_reads_the_lora_as_we_do(pipe, pusa):
+    x, timestep = torch.randn(2, 16, 3, 8, 8), torch.tensor([900.0, 250.5])
+    context = pusa.text_encoder(*pusa.tokenizer([PROMPT, ""]))
+
+    def theirs():
+        return pipe.transformer(x, timestep, context, return_dict=False)[0]
+
+    base = theirs()
+    pipe.load_lora_weights(MODEL, weight_name=LORA.name)
+    try:
+        adapted = theirs()
+    finally:
+        pipe.unload_lora_weights()
+    ours = pusa.transformer(x, timestep / 1000, context)
+    error = (ours - adapted).abs().max()
+    assert error < 1e-3 * adapted.abs().max() and error < 0.01 * (adapted - base).abs().max()
+
+
+# How good it is, loosely: `python tiny.py --evaluate` measures it.
+
+
+@torch.no_grad()
+def test_image_to_video_keeps_the_first_frame_and_the_shape(pusa, truth):
+    videos = tiny.generate(pusa, SCENES, truth, "i2v")
+    for video, clip in zip(videos, truth, strict=True):
+        assert tiny.psnr(video[:, 0], clip[:, 0]) > 24
+    held = [tiny.held_to_the_end(scene, video) for scene, video in zip(SCENES, videos, strict=True)]
+    assert sum(held) >= 3, held
+    assert ((videos[:, :, -1] - videos[:, :, 0]).abs().amax((1, 2, 3)) > 0.5).all(), "videos, not stills"
+
+
+@torch.no_grad()
+def test_extend_goes_on_as_the_world_does(pusa, truth):
+    videos = tiny.generate(pusa, SCENES, truth, "extend")
+    errors = []
+    for scene, video, clip in zip(SCENES, videos, truth, strict=True):
+        assert tiny.psnr(video[:, :13], clip[:, :13]) > 24, "what it was given"
+        errors += tiny.centroid_errors(scene, video, range(13, world.FRAMES))
+    assert torch.tensor(errors).median() < 6, "pixels from where the shape would be"
+    held = [tiny.held_to_the_end(scene, video) for scene, video in zip(SCENES, videos, strict=True)]
+    assert sum(held) >= 3, held
+
+
+def test_it_is_what_sample_py_runs_without_flags(tmp_path):
+    result = call(sample, "--out", tmp_path / "a.mp4")
+    assert result.status == 0, result.err
+    assert data.read_video(tmp_path / "a.mp4").shape == (3, world.FRAMES, world.SIDE, world.SIDE)
