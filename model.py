@@ -174,6 +174,8 @@ class Wan(nn.Module):
 
     def prompt_keys(self, context: Tensor) -> PromptKeys:
         """Every block's keys and values of a prompt, (B, T, text_dim); `forward` takes them in place of `context`."""
+        if context.dim() != 3 or context.shape[-1] != self.config.text_dim:
+            raise ValueError(f"got a context of {tuple(context.shape)}, expected (B, T, {self.config.text_dim})")
         embedded = self.text_embedding(context.to(self.patch_embedding.weight.dtype))
         return [block.cross_attn.keys(embedded) for block in self.blocks]
 
@@ -224,14 +226,15 @@ def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device)
     """
     third = head_dim // 2 // 3
     angles = []
-    for axis, pairs in enumerate((head_dim // 2 - 2 * third, third, third)):
-        frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        position = torch.arange(grid[axis], dtype=torch.float64)
-        shape = [1, 1, 1, pairs]
-        shape[axis] = grid[axis]
-        angles.append((position[:, None] * frequency).view(shape).expand(*grid, pairs))
-    angle = torch.cat(angles, dim=-1).flatten(0, 2)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    with torch.inference_mode(False):  # the tables are kept, and a later training may use them
+        for axis, pairs in enumerate((head_dim // 2 - 2 * third, third, third)):
+            frequency = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+            position = torch.arange(grid[axis], dtype=torch.float64)
+            shape = [1, 1, 1, pairs]
+            shape[axis] = grid[axis]
+            angles.append((position[:, None] * frequency).view(shape).expand(*grid, pairs))
+        angle = torch.cat(angles, dim=-1).flatten(0, 2)
+        return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

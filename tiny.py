@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -230,9 +231,18 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return _psnr((a - b).square().mean().item())
 
 
+def _unseen_either_way(scene: world.Scene) -> bool:
+    """Whether training saw a pair of shapes in neither order; `held_out` alone asks for the order that is written."""
+    return world.held_out(dataclasses.replace(scene, things=scene.things[::-1]).caption)
+
+
 def evaluate(config: TinyConfig) -> str:
     """The table of how good the embedded model is, as Markdown; with the LoRA and without it, on the same scenes."""
-    scenes = list(world.scenes(config.samples, seed=3, unseen=True))
+    pairs = config.samples // 5
+    scenes = [
+        *world.scenes(config.samples - pairs, seed=3, unseen=True, pairs=0),
+        *islice(filter(_unseen_either_way, world.scenes(100 * pairs, seed=4, unseen=True, pairs=1)), pairs),
+    ]
     truth = torch.stack([world.render(scene) for scene in scenes])
     rows = []
     progress = cli.Progress(11, "evaluating")

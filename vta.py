@@ -34,10 +34,11 @@ def frame_levels(tau: Tensor, B: int, F: int) -> Tensor:
 def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep 1000 τ: τ (B, F) → (B, F, dim), cosines first, fp32.
 
-    The angles are computed in double precision, as in the published code; timesteps are not rounded to integers.
+    The angles are computed in double precision, as in the published code, except on Apple's GPUs, which have none;
+    timesteps are not rounded to integers.
     """
     half = dim // 2
-    precise = torch.float32 if tau.device.type == "mps" else torch.float64  # Apple's GPUs have no double
+    precise = torch.float32 if tau.device.type == "mps" else torch.float64
     frequency = 10000.0 ** (-torch.arange(half, dtype=precise, device=tau.device) / half)
     angle = 1000.0 * tau.to(precise)[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()

@@ -187,10 +187,13 @@ def write(folder: Path | str, count: int, seed: int, unseen: bool = False) -> No
     progress = cli.Progress(count, "clips")
     for index, scene in enumerate(scenes(count, seed, unseen)):
         clip = folder / f"{index:05d}.mp4"
-        if not clip.with_suffix(".txt").exists():
+        beside = clip.with_suffix(".txt")
+        if not beside.exists():
             data.write_video(clip, render(scene), FPS)
-            with cli.replacing(clip.with_suffix(".txt")) as caption:
+            with cli.replacing(beside) as caption:
                 caption.write_text(scene.caption + "\n", encoding="utf-8")
+        elif beside.read_text(encoding="utf-8").strip() != scene.caption:
+            raise ValueError(f"{beside} has the caption of another clip; choose another --out, or the --seed it is of")
         progress.step()
 
 

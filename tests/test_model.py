@@ -338,3 +338,11 @@ def test_defaults_are_wan_1_3b():
     with torch.device("meta"):
         wan = Wan(WanConfig())
     assert sum(parameter.numel() for parameter in wan.parameters()) == 1_418_996_800
+
+
+def test_training_goes_on_after_inference_mode():
+    wan = _small()
+    inputs = torch.randn(1, 16, 2, 10, 4), torch.rand(1, 2), torch.randn(1, 6, 10)
+    with torch.inference_mode():
+        wan(*inputs)
+    wan(*inputs).sum().backward()

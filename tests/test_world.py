@@ -245,16 +245,20 @@ def test_write_makes_clips_and_captions_and_keeps_them(tmp_path):
     assert data.find_clips(folder)[0].caption == scenes[0].caption
 
     # What is complete is kept; a clip that was cut off before its caption is made again.
-    (folder / "00000.txt").write_text("mine\n", encoding="utf-8")
+    (folder / "00000.mp4").write_bytes(b"mine")
     (folder / "00001.mp4").write_bytes(b"half")
     (folder / "00001.txt").unlink()
-    kept = (folder / "00000.mp4").read_bytes()
     world.write(folder, 3, seed=7)
     assert len(list(folder.iterdir())) == 6
-    assert (folder / "00000.txt").read_text(encoding="utf-8") == "mine\n"
-    assert (folder / "00000.mp4").read_bytes() == kept
+    assert (folder / "00000.mp4").read_bytes() == b"mine"
     assert (folder / "00001.mp4").stat().st_size > 1000
     assert (folder / "00002.txt").read_text(encoding="utf-8") == scenes[2].caption + "\n"
+
+
+def test_clips_of_another_seed_are_not_taken_for_these(tmp_path):
+    world.write(tmp_path, 1, seed=7)
+    with pytest.raises(ValueError, match="has the caption of another clip; choose another --out"):
+        world.write(tmp_path, 1, seed=8)
 
 
 def test_written_clips_can_still_be_read(tmp_path):
