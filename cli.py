@@ -62,6 +62,10 @@ def replacing(path: Path | str):
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
+        if temporary.is_file():  # some writers make files that only their owner can read
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():

@@ -39,7 +39,7 @@ KL_WEIGHT = 1e-5
 
 TEXT_LEN = 32
 PRESET = checkpoint.Preset(
-    size=(world.SIDE, world.SIDE), frames=world.FRAMES, fps=world.FPS, steps=10, shift=3.0, guidance=2.0, noise=0.0,
+    size=(world.SIDE, world.SIDE), frames=world.FRAMES, fps=world.FPS, steps=10, shift=3.0, guidance=3.0, noise=0.0,
     strength=1.0, negative_prompt="",
 )  # fmt: skip
 

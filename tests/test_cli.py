@@ -1,5 +1,6 @@
 """What the commands share: flags from a config, one sentence for a mistake, whole files or none, an honest clock."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -255,3 +256,12 @@ def test_dtypes():
     assert cli.pick_dtype("bfloat16", "cpu") == torch.bfloat16
     assert cli.pick_dtype("auto", "cuda") == cli.pick_dtype("auto", "cuda:1") == torch.bfloat16
     assert cli.pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_what_is_written_can_be_read_by_whom_the_umask_allows(tmp_path):
+    with cli.replacing(tmp_path / "a.txt") as path:
+        path.touch(0o600)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
