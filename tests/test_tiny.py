@@ -1,4 +1,4 @@
-"""The embedded model: small, whole, the same in diffusers as here, and good enough for what the README shows of it."""
+"""The embedded model: small, whole, the same in diffusers as here, and trained to what the README says of it."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,7 @@ from small import call
 
 import checkpoint
 import data
+import flow
 import lora
 import sample
 import tiny
@@ -115,25 +116,30 @@ def test_diffusers_reads_the_lora_as_we_do(pipe, pusa):
 
 
 @torch.no_grad()
-def test_image_to_video_keeps_the_first_frame_and_the_shape(pusa, truth):
-    videos = tiny.generate(pusa, SCENES, truth, "i2v")
+@pytest.mark.parametrize(("name", "given"), [("i2v", 1), ("extend", 13)])
+def test_given_frames_are_kept_and_the_rest_moves(name, given, pusa, truth):
+    videos = tiny.generate(pusa, SCENES, truth, name)
     for video, clip in zip(videos, truth, strict=True):
-        assert tiny.psnr(video[:, 0], clip[:, 0]) > 24
-    held = [tiny.held_to_the_end(scene, video) for scene, video in zip(SCENES, videos, strict=True)]
-    assert sum(held) >= 3, held
+        assert tiny.psnr(video[:, :given], clip[:, :given]) > 24
     assert ((videos[:, :, -1] - videos[:, :, 0]).abs().amax((1, 2, 3)) > 0.5).all(), "videos, not stills"
 
 
 @torch.no_grad()
-def test_extend_goes_on_as_the_world_does(pusa, truth):
-    videos = tiny.generate(pusa, SCENES, truth, "extend")
-    errors = []
-    for scene, video, clip in zip(SCENES, videos, truth, strict=True):
-        assert tiny.psnr(video[:, :13], clip[:, :13]) > 24, "what it was given"
-        errors += tiny.centroid_errors(scene, video, range(13, world.FRAMES))
-    assert torch.tensor(errors).median() < 6, "pixels from where the shape would be"
-    held = [tiny.held_to_the_end(scene, video) for scene, video in zip(SCENES, videos, strict=True)]
-    assert sum(held) >= 3, held
+def test_the_lora_has_learned_a_noise_level_for_every_frame(pusa, truth):
+    """On unseen clips the loss at a τ for each frame falls by a quarter or more; at one τ for all it does not rise."""
+    base = checkpoint.load_pipeline(MODEL, torch.float32)
+    x0 = base.vae.encode(truth)
+    generator = torch.Generator().manual_seed(0)
+    x1 = torch.randn(x0.shape, generator=generator)
+    context = base.text_encoder(*base.tokenizer([scene.caption for scene in SCENES]))
+    losses = {}
+    for p_async in (1.0, 0.0):
+        tau = flow.sample_tau(*x0.shape[:3:2], p_async, generator=generator)
+        x = flow.interpolate(x0, x1, tau)
+        for name, model in (("base", base.transformer), ("LoRA", pusa.transformer)):
+            losses[name, p_async] = flow.fafm_loss(model(x, tau, context), x0, x1, tau).item()
+    assert losses["LoRA", 1.0] < 0.75 * losses["base", 1.0], losses
+    assert losses["LoRA", 0.0] < 1.05 * losses["base", 0.0], losses
 
 
 def test_it_is_what_sample_py_runs_without_flags(tmp_path):
