@@ -244,7 +244,6 @@ def evaluate(config: TinyConfig) -> str:
         *islice(filter(_unseen_either_way, world.scenes(100 * pairs, seed=4, unseen=True, pairs=1)), pairs),
     ]
     truth = torch.stack([world.render(scene) for scene in scenes])
-    rows = []
     progress = cli.Progress(11, "evaluating")
 
     def judged(pipeline: checkpoint.Pipeline, name: str) -> list[Tensor]:

@@ -131,7 +131,7 @@ def train(config: TrainConfig) -> Path:
         for step in range(first, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * rate(step, config.steps)
-            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            with _autocast(device, dtype):
                 loss = step_loss(network, clips, config, step, device)
             if not loss.isfinite():
                 raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr and go on with --resume")
@@ -183,7 +183,7 @@ def prepare(config: TrainConfig, encoder: nn.Module, device: str, dtype: torch.d
     frames = preset.frames if config.frames is None else config.frames
     tasks.latent_frames(frames)
     cache = Path(config.data) / ".cache"
-    with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+    with _autocast(device, dtype):
         latents = data.cached_latents(clips, size, frames, preset.fps, vae, f"{fingerprint(vae)} {dtype}", cache)
     tokenizer = checkpoint.load_tokenizer(config.model)
 
@@ -253,7 +253,7 @@ def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype
     figures = {}
     for name, tau in (("sync", together), ("async", apart), ("clean", one_clean)):
         tau = tau.to(device)
-        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+        with _autocast(device, dtype):
             velocity = network(flow.interpolate(x0, x1, tau), tau, context)
         figures[name] = flow.fafm_loss(velocity, x0, x1, tau).item()
     return figures
@@ -288,6 +288,11 @@ def _filmstrip(config: TrainConfig, transformer: nn.Module, clips: Dataset, devi
             rows.append((name, vae.decode(z)[0].cpu()))
             marks.append([m[tasks.latent_index(n, tasks.pixel_frames(F))] == 0 for n in range(tasks.pixel_frames(F))])
     data.save_image(path, data.filmstrip(rows, marks=marks))
+
+
+def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Compute in `dtype` what bears it; the weights stay as they are."""
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 def _log(path: Path, figures: dict[str, float]) -> None:

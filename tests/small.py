@@ -116,3 +116,14 @@ def model_fixture(tmp_path_factory) -> Path:
 def clips_fixture(tmp_path_factory) -> Path:
     """A folder of four captioned clips of 33 frames. Tests only read it."""
     return write_clips(tmp_path_factory.mktemp("clips"))
+
+
+def count(monkeypatch, counts: dict[str, int], owner, method: str, name: str) -> None:
+    """Count under `name` how often a method is called, which goes on as before."""
+    original = getattr(owner, method)
+
+    def counted(*arguments):
+        counts[name] += 1
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, method, counted)

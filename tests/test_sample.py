@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import FRAMES, call, clips_fixture, mistake, model_fixture, random_lora, scene_video  # noqa: F401
+from small import FRAMES, call, clips_fixture, count, mistake, model_fixture, random_lora, scene_video  # noqa: F401
 
 import checkpoint
 import data
@@ -180,19 +180,9 @@ def test_plot_writes_both_pictures(run, made, tmp_path):
 def calls(monkeypatch):
     """How often the transformer, its prompt keys and the text encoder were run."""
     counts = {"forward": 0, "prompt_keys": 0, "encoder": 0}
-
-    def count(owner, method, name):
-        original = getattr(owner, method)
-
-        def counted(*arguments):
-            counts[name] += 1
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, method, counted)
-
-    count(Wan, "forward", "forward")
-    count(Wan, "prompt_keys", "prompt_keys")
-    count(UMT5Encoder, "forward", "encoder")
+    count(monkeypatch, counts, Wan, "forward", "forward")
+    count(monkeypatch, counts, Wan, "prompt_keys", "prompt_keys")
+    count(monkeypatch, counts, UMT5Encoder, "forward", "encoder")
     return counts
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small import FRAMES, call, clips_fixture, mistake, model_fixture, write_clips  # noqa: F401 (fixtures)
+from small import FRAMES, call, clips_fixture, count, mistake, model_fixture, write_clips  # noqa: F401 (fixtures)
 
 import checkpoint
 import data
@@ -250,18 +250,8 @@ def test_a_seed_repeats_a_run_and_another_does_not(run, whole, tmp_path):
 
 def test_clips_and_captions_are_encoded_once(run, model, tmp_path, monkeypatch):
     counts = {"vae": 0, "text": 0}
-
-    def count(owner, method, name):
-        original = getattr(owner, method)
-
-        def counted(*arguments):
-            counts[name] += 1
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, method, counted)
-
-    count(WanVAE, "encode", "vae")
-    count(UMT5Encoder, "forward", "text")
+    count(monkeypatch, counts, WanVAE, "encode", "vae")
+    count(monkeypatch, counts, UMT5Encoder, "forward", "text")
     folder = write_clips(tmp_path / "clips", 3)
     assert run("--data", folder, "--steps", 1).status == 0
     assert counts == {"vae": 3, "text": 4}, "three captions and the empty one"
