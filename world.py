@@ -1,12 +1,14 @@
 """The toy world: captioned clips of moving shapes whose truth is known to the pixel.
 
-One or two shapes slide over a background, bounce off the walls and pass over each other; the caption says all there
-is to know but the place where they start. Because the rules are exact, so is the judgement of a generated clip:
-`read` finds shape, colour, size and position of whatever is in a frame.
+One or two shapes slide over a background and bounce off the walls; the caption says all there is to know but the place
+where they start. Because the rules are exact, so is the judgement of a generated clip: `read` finds shape, colour, size
+and position of whatever is in a frame. The world is as plain as it can be, so that two cores can learn it: shapes are
+large, start on a coarse grid, and two of them never meet.
 
     python world.py --out data/world --count 4000
 """
 
+import math
 import random
 import zlib
 from collections.abc import Iterator
@@ -27,12 +29,13 @@ COLOURS = {
     "red": (225, 45, 45), "orange": (250, 140, 20), "yellow": (245, 230, 50), "green": (40, 175, 70),
     "cyan": (50, 215, 225), "blue": (50, 85, 235), "purple": (175, 60, 215), "white": (245, 245, 245),
 }  # fmt: skip
-SIZES = {"small": 7.0, "large": 12.0}  # radius in pixels
+SIZES = {"small": 10.0, "large": 16.0}  # radius in pixels
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels a frame
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = ("black", "grey", "gradient", "checkered")
+GRID = 4  # pixels between the places where a shape may start or turn round; a shape moves on by 4 or 8 in a latent
 _REACH = 1.2  # no shape reaches farther than this many radii from its centre
-_FREE_WAY = 16.0  # pixels before the first wall, so that the caption's direction can be seen
+_FREE_WAY = 16  # pixels before the first wall, so that the caption's direction can be seen
 
 
 @dataclass(frozen=True)
@@ -73,34 +76,42 @@ def scenes(count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> I
 
 
 def _random_scene(draw: random.Random, count: int) -> Scene:
-    colours = draw.sample(list(COLOURS), count)
-    things = tuple(_random_thing(draw, colour) for colour in colours)
-    if count == 2:
-        a, b = things
-        apart = ((a.x - b.x) ** 2 + (a.y - b.y) ** 2) ** 0.5
-        if apart < SIZES[a.size] + SIZES[b.size] or a.shape == b.shape:
-            return _random_scene(draw, count)
-    return Scene(draw.choice(BACKGROUNDS), things)
+    while True:
+        colours = draw.sample(list(COLOURS), count)
+        things = tuple(_random_thing(draw, colour) for colour in colours)
+        if count == 1 or _keep_apart(*things):
+            return Scene(draw.choice(BACKGROUNDS), things)
 
 
 def _random_thing(draw: random.Random, colour: str) -> Thing:
     size, direction = draw.choice(list(SIZES)), draw.choice(list(DIRECTIONS))
-    reach = _REACH * SIZES[size]
-    start = [draw.uniform(reach, SIDE - reach) for _ in "xy"]
+    wall = wall_distance(size)
+    start = [draw.randrange(wall, SIDE - wall + 1, GRID) for _ in "xy"]
     for axis, step in enumerate(DIRECTIONS[direction]):
         if step:
-            run = draw.uniform(reach, SIDE - reach - _FREE_WAY)
+            run = draw.randrange(wall, SIDE - wall - _FREE_WAY + 1, GRID)
             start[axis] = run if step > 0 else SIDE - run
-    return Thing(draw.choice(SHAPES), colour, size, draw.choice(list(SPEEDS)), direction, *start)
+    return Thing(draw.choice(SHAPES), colour, size, draw.choice(list(SPEEDS)), direction, *map(float, start))
+
+
+def _keep_apart(a: Thing, b: Thing) -> bool:
+    """Whether two things are of different shapes and never touch."""
+    gap = (positions(a) - positions(b)).norm(dim=1).min()
+    return a.shape != b.shape and gap > _REACH * (SIZES[a.size] + SIZES[b.size]) + 1
+
+
+def wall_distance(size: str) -> int:
+    """Pixels from the border at which a shape's centre turns round: its reach, rounded up to the grid."""
+    return math.ceil(_REACH * SIZES[size] / GRID) * GRID
 
 
 def positions(thing: Thing, frames: int = FRAMES) -> Tensor:
     """Centre of a shape in each frame, (frames, 2) as x and y in pixels: straight lines between the walls."""
-    reach = _REACH * SIZES[thing.size]
-    room = SIDE - 2 * reach
+    wall = wall_distance(thing.size)
+    room = SIDE - 2 * wall
     travelled = torch.arange(frames)[:, None] * SPEEDS[thing.speed] * torch.tensor(DIRECTIONS[thing.direction])
-    unfolded = torch.tensor([thing.x, thing.y]) - reach + travelled
-    return reach + room - (unfolded % (2 * room) - room).abs()
+    unfolded = torch.tensor([thing.x, thing.y]) - wall + travelled
+    return wall + room - (unfolded % (2 * room) - room).abs()
 
 
 def render(scene: Scene, frames: int = FRAMES) -> Tensor:
