@@ -1,113 +1,66 @@
 """Base models on disk: finding, downloading, naming, streaming and writing them.
 
-Two layouts hold the same weights under different names. Everywhere else the names are the original ones; the tables
-`TRANSFORMER_NAMES`, `VAE_NAMES` and `TEXT_NAMES` say what each is called in the other layout.
+The layouts below hold the same weights. Everywhere else the names of tensors are the original ones; `names.py` says
+what each is called in a -Diffusers folder.
 
-    original    config.json, diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth,
-                google/umt5-xxl/tokenizer.json
-    -Diffusers  model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/
+    original     config.json, diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth,
+                 google/umt5-xxl/tokenizer.json; Wan2.2 has high_noise_model/ and low_noise_model/ for the first two
+    -Diffusers   model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/; Wan2.2 adds transformer_2/
+    single file  FILE.safetensors, a transformer as ComfyUI has it; the other parts are those of the folder it lies in
 
-    pipeline = load_pipeline("checkpoints/tiny")    # or a folder of yours, or Wan-AI/Wan2.1-T2V-1.3B-Diffusers
+    pipeline = load_pipeline("checkpoints/tiny")    # or a folder or file of yours, or Wan-AI/Wan2.1-T2V-1.3B
 
 What a model is comes from its configs and tensors, never from its folder's name. Modules are built without memory and
 filled tensor by tensor, so loading needs the size of one model, not two.
 """
 
 import json
+import math
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cli import replacing
 from model import Wan, WanConfig
+from names import (
+    TEXT_FIELDS,
+    TEXT_NAMES,
+    TRANSFORMER_FIELDS,
+    TRANSFORMER_NAMES,
+    VAE_FIELDS,
+    Table,
+    rename,
+    vae_names,
+)
 from text import T5Config, Tokenizer, UMT5Encoder, write_tokenizer
 from vae import VAEConfig, WanVAE
 
-Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
-
-# Original name -> -Diffusers name: substitutions, applied in this order. The way back is the inverse of what they give
-# for the names that a model has, see `_fill`.
-TRANSFORMER_NAMES = (
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"\.([qkv])\.", r".to_\1."),
-    (r"\.o\.", ".to_out.0."),
-    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
-    (r"\.ffn\.2\.", ".ffn.net.2."),
-    (r"\.norm3\.", ".norm2."),  # the affine norm; the other two have no weights
-    (r"^head\.head\.", "proj_out."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"\.modulation$", ".scale_shift_table"),
-)
-VAE_NAMES = (
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"coder\.conv1\.", "coder.conv_in."),
-    (r"coder\.head\.0\.", "coder.norm_out."),
-    (r"coder\.head\.2\.", "coder.conv_out."),
-    (r"\.downsamples\.", ".down_blocks."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
-    (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"\.residual\.0\.", ".norm1."),
-    (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.", ".norm2."),
-    (r"\.residual\.6\.", ".conv2."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-)  # and the decoder's flat list of blocks, which the other layout groups by level: `vae_names`
-TEXT_NAMES = (
-    (r"^token_embedding\.", "shared."),
-    (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.", "encoder.block."),
-    (r"\.attn\.", ".layer.0.SelfAttention."),
-    (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
-    (r"\.norm1\.", ".layer.0.layer_norm."),
-    (r"\.norm2\.", ".layer.1.layer_norm."),
-    (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."),
-    (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
-    (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
-)
-# Our config field -> theirs. `dim` of the transformer and `dim_attn` of the encoder are products there.
-TRANSFORMER_FIELDS = {
-    "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "in_dim": "in_channels", "out_dim": "out_channels", "eps": "eps",
-    "num_heads": "num_attention_heads", "num_layers": "num_layers", "text_dim": "text_dim", "patch_size": "patch_size",
-    "text_len": "text_len",
-}  # fmt: skip
-VAE_FIELDS = {
-    "dim": "base_dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
-    "temporal_downsample": "temperal_downsample", "latents_mean": "latents_mean", "latents_std": "latents_std",
-}  # fmt: skip
-TEXT_FIELDS = {
-    "vocab_size": "vocab_size", "dim": "d_model", "dim_ffn": "d_ff", "num_heads": "num_heads",
-    "num_layers": "num_layers", "num_buckets": "relative_attention_num_buckets",
-}  # fmt: skip
-
-PUBLISHED = "Wan-AI/Wan2.1-T2V-1.3B"
+PARTS = (
+    "transformer",
+    "transformer_2",
+    "vae",
+    "text_encoder",
+)  # what has weights; the second is Wan2.2's low-noise one
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
-# Patterns of a download, which leave out other copies of the weights; a star matches slashes too.
-_DESCRIPTIONS = ["*.json"]
-_WEIGHTS = [f"{part}/*.safetensors" for part in ("transformer", "vae", "text_encoder")]
-_WEIGHTS += ["diffusion_pytorch_model*.safetensors", VAE_FILE, TEXT_FILE]
+HEAD_SIZE = 128  # of every published Wan transformer; nothing in a single file says it
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a model is best sampled: what its weights do not say. The defaults are the published ones for Pusa on Wan."""
+    """How a model is best sampled: what its weights do not say. The defaults are those of Pusa on Wan2.1-T2V-1.3B."""
 
     size: tuple[int, int] = (832, 480)  # width and height in pixels
     frames: int = 81
@@ -117,6 +70,8 @@ class Preset:
     guidance: float = 3.0
     noise: float | None = None  # m of every condition; None: each task's own
     strength: float = 1.4  # of a LoRA for which the user names none
+    boundary: float = 0.875  # of two experts, the low-noise one runs where sigma, before multipliers, is below this
+    guidance_2: float | None = None  # of the low-noise expert; None: as of the other
     negative_prompt: str = (
         "oversaturated, overexposed, static, blurry details, subtitles, style, painting, picture, still, grey overall, "
         "worst quality, low quality, JPEG artifacts, ugly, incomplete, extra fingers, badly drawn hands and faces, "
@@ -124,9 +79,18 @@ class Preset:
     )
 
 
+# The published text-to-video models, and how Pusa samples each: alike, but for what the model was made for.
+PRESETS = {
+    "Wan-AI/Wan2.1-T2V-1.3B": Preset(),
+    "Wan-AI/Wan2.1-T2V-14B": Preset(size=(1280, 720)),
+    "Wan-AI/Wan2.2-T2V-A14B": Preset(size=(1280, 720)),
+}
+SMALL, LARGE, TWO_EXPERTS = PRESETS
+
+
 @dataclass
 class Pipeline:
-    """The four parts of a text-to-video model, ready to run, and how it is best sampled."""
+    """The parts of a text-to-video model, ready to run, and how it is best sampled."""
 
     transformer: Wan
     vae: WanVAE
@@ -135,16 +99,21 @@ class Pipeline:
     preset: Preset
     path: Path
     name: str
+    transformer_2: Wan | None = None  # Wan2.2's low-noise expert; `transformer` is then the high-noise one
 
 
 def load_preset(model: str | Path) -> Preset:
-    """What the folder's `sampling.json` says, and the published settings for what it leaves out."""
-    path = find_model(model) / "sampling.json"
+    """What the folder's `sampling.json` says, and for what it leaves out, the published settings of such a model."""
+    model = find_model(model, parts=())
+    preset, folder = PRESETS[_published(model)], _folder(model)
+    index, path = folder / "model_index.json", folder / "sampling.json"
+    if index.is_file() and (boundary := _json(index).get("boundary_ratio")) is not None:
+        preset = replace(preset, boundary=boundary)
     entries = _json(path) if path.is_file() else {}
     unknown = entries.keys() - {field.name for field in fields(Preset)}
     if unknown:
         raise ValueError(f"{path} has {sorted(unknown)}, expected only the fields of checkpoint.Preset; remove them")
-    return Preset(**{**entries, "size": tuple(entries.get("size", Preset.size))})
+    return replace(preset, **{**entries, "size": tuple(entries.get("size", preset.size))})
 
 
 def save_preset(folder: str | Path, preset: Preset) -> None:
@@ -152,84 +121,127 @@ def save_preset(folder: str | Path, preset: Preset) -> None:
 
 
 def load_pipeline(model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Pipeline:
-    """Load all parts of a folder or a Hugging Face repository, which is downloaded if it is not on disk.
+    """Load all parts of a model that is on disk, or on Hugging Face, from where it is downloaded.
 
-    `dtype` is for the transformer and the text encoder, None as stored; the VAE is always fp32.
+    `dtype` is for the transformers and the text encoder, None as stored; the VAE is always fp32.
     """
-    folder = find_model(model)
+    path = find_model(model)
     return Pipeline(
-        transformer=load_transformer(folder, dtype, device),
-        vae=load_vae(folder, device=device),
-        text_encoder=load_text_encoder(folder, dtype, device),
-        tokenizer=load_tokenizer(folder),
-        preset=load_preset(folder),
-        path=folder,
-        name=folder.resolve().name if Path(model).is_dir() else str(model),
+        transformer=load_transformer(path, dtype, device),
+        transformer_2=load_transformer(path, dtype, device, expert="low") if has_two_experts(path) else None,
+        vae=load_vae(path, device=device),
+        text_encoder=load_text_encoder(path, dtype, device),
+        tokenizer=load_tokenizer(path),
+        preset=load_preset(path),
+        path=path,
+        name=path.resolve().name if Path(model).exists() else str(model),
     )
 
 
-def find_model(model: str | Path) -> Path:
-    """The folder of a model on disk; a name `owner/repository` that is no folder is downloaded from Hugging Face."""
-    if Path(model).is_dir():
-        return Path(model)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)) or Path(model).exists():
-        raise ValueError(f"got {model} as a model, expected a folder or a Hugging Face repository such as {PUBLISHED}")
-    folder = _download(str(model), _DESCRIPTIONS)
+def find_model(model: str | Path, parts: tuple[str, ...] = PARTS) -> Path:
+    """The folder or `.safetensors` file of a model on disk; the name `owner/repository` is downloaded if it is neither.
+
+    parts: those whose weights are needed; `()` is enough for configs, tokenizer and preset, a few megabytes.
+    """
+    path = Path(model)
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    is_file_name = path.exists() or path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".gguf")
+    if is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        raise ValueError(
+            f"got {model} as a model, expected a folder, a .safetensors file "
+            f"or a Hugging Face repository such as {SMALL}"
+        )
+    descriptions = "*.json"  # a star matches slashes too
+    folder = _download(str(model), (descriptions,))
+    if not (folder / (_home(folder, "transformer") + "config.json")).is_file():
+        raise ValueError(f"the repository {model} has no config of a Wan transformer; use one such as {SMALL}")
     _transformer_config(folder)  # refuse a model of another kind before its gigabytes arrive
-    return _download(str(model), _DESCRIPTIONS + _WEIGHTS)
+    parts = tuple(part for part in parts if part != "transformer_2" or has_two_experts(folder))
+    files = [name for part in parts for name in _weight_files(folder, part)]
+    return _download(str(model), (descriptions, *files)) if files else folder
+
+
+def has_two_experts(model: str | Path) -> bool:
+    """Whether a model has a transformer for high and one for low noise, as Wan2.2-T2V-A14B has."""
+    path = find_model(model, parts=())
+    index = path / "model_index.json"
+    if index.is_file():  # it lists each part as [library, class], and [null, null] for one that is not there
+        return any(_json(index).get("transformer_2") or ())
+    return (path / "high_noise_model").is_dir()
 
 
 def load_config(model: str | Path) -> WanConfig:
     """The sizes of a model's transformer, without its weights."""
-    return _transformer_config(find_model(model))
+    return _transformer_config(find_model(model, parts=()))
 
 
-def load_transformer(model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Wan:
-    """The diffusion transformer alone; `dtype` None keeps the type that is stored."""
-    folder = find_model(model)
-    config = _transformer_config(folder)
-    if _is_original(folder):
-        return _fill(Wan, config, (), folder, _tensors(_shards(folder, "diffusion_pytorch_model")), dtype, device)
-    tensors = _tensors(_shards(folder, "transformer/diffusion_pytorch_model"))
-    return _fill(Wan, config, TRANSFORMER_NAMES, folder, tensors, dtype, device)
+def load_transformer(
+    model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", expert: str = "high"
+) -> Wan:
+    """The diffusion transformer alone; of two experts the one for "high" or "low" noise.
+
+    `dtype` None keeps the type that is stored, but for fp8, in which nothing can be computed: that becomes bf16.
+    """
+    part = {"high": "transformer", "low": "transformer_2"}[expert]
+    model = find_model(model, (part,))
+    if expert == "low" and not has_two_experts(model):
+        raise ValueError(f"{model} has one transformer, expected two; leave out what is for the low-noise one")
+    config, stored = _transformer_config(model, part), _part(model, part)
+    if dtype is None and any(tensor.fp8 for tensor in stored.values()):
+        dtype = torch.bfloat16
+    table = () if model.is_file() or _is_original(model) else TRANSFORMER_NAMES
+    return _fill(Wan, config, table, model, stored, dtype, device)
 
 
 def load_vae(model: str | Path, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> WanVAE:
     """The VAE alone, in fp32 unless told otherwise; the published latent statistics where the files have none."""
-    folder = find_model(model)
-    if _is_original(folder):
-        state = dict(_tensors([_need(folder, VAE_FILE)]))
-        return _fill(WanVAE, _sizes(_vae_sizes, state, folder), (), folder, state.items(), dtype, device)
-    path = _need(folder, "vae/config.json")
-    theirs = _json(path)
-    if theirs.get("is_residual") or theirs.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
-        raise ValueError(f"{path} is not a Wan2.1 VAE (AutoencoderKLWan without is_residual); {_advice(folder)}")
-    config = _config(VAEConfig, VAE_FIELDS, theirs, patch_size=theirs.get("patch_size") or 1)
-    tensors = _tensors(_shards(folder, "vae/diffusion_pytorch_model"))
-    return _fill(WanVAE, config, vae_names(config), folder, tensors, dtype, device)
+    model = find_model(model, ("vae",))
+    if _is_original(model):
+        stored = _part(model, "vae")
+        return _fill(WanVAE, _measure(_vae_sizes, stored, VAE_FILE, model), (), model, stored, dtype, device)
+    config = _vae_config(model)
+    return _fill(WanVAE, config, vae_names(config), model, _part(model, "vae"), dtype, device)
 
 
 def load_text_encoder(model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> UMT5Encoder:
     """The umT5 encoder alone; `dtype` None keeps the type that is stored (bf16 in the published files)."""
-    folder = find_model(model)
-    if _is_original(folder):
-        state = dict(_tensors([_need(folder, TEXT_FILE)]))
-        return _fill(UMT5Encoder, _sizes(_text_sizes, state, folder), (), folder, state.items(), dtype, device)
-    path = _need(folder, "text_encoder/config.json")
-    theirs = _json(path)
-    dim_attn = theirs.get("num_heads", 6) * theirs.get("d_kv", 64)  # transformers' defaults
-    config = _config(T5Config, TEXT_FIELDS, theirs, dim_attn=dim_attn)
-    tensors = _tensors(_shards(folder, "text_encoder/model"))
+    model = find_model(model, ("text_encoder",))
+    if _is_original(model):
+        stored = _part(model, "text_encoder")
+        return _fill(UMT5Encoder, _measure(_text_sizes, stored, TEXT_FILE, model), (), model, stored, dtype, device)
+    config = _text_config(model)
     # Some files name the token embedding as the encoder's own: it is the same tensor.
-    tensors = ((name.replace("encoder.embed_tokens.", "shared."), tensor) for name, tensor in tensors)
-    return _fill(UMT5Encoder, config, TEXT_NAMES, folder, tensors, dtype, device)
+    stored = _part(model, "text_encoder").items()
+    stored = {name.replace("encoder.embed_tokens.", "shared."): tensor for name, tensor in stored}
+    return _fill(UMT5Encoder, config, TEXT_NAMES, model, stored, dtype, device)
 
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The tokenizer, padding to the `text_len` of the transformer's config (512 in the published models)."""
-    folder = find_model(model)
-    path = _need(folder, "google/umt5-xxl/tokenizer.json" if _is_original(folder) else "tokenizer/tokenizer.json")
-    return Tokenizer(path, _transformer_config(folder).text_len)
+    model = find_model(model, parts=())
+    return Tokenizer(_tokenizer_file(model), _transformer_config(model).text_len)
+
+
+def text_fingerprint(model: str | Path) -> str:
+    """A name for what prompts become, another one when a file of the text encoder or the tokenizer is another.
+
+    As `make` does it, a file is known by place, size and time of change: none of the 11 GB is read.
+    """
+    model = find_model(model, ("text_encoder",))
+    files = [_need(model, name) for name in _weight_files(model, "text_encoder")] + [_tokenizer_file(model)]
+    return " ".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+def outline(model: str | Path) -> tuple[Wan, WanVAE, UMT5Encoder]:
+    """Transformer, VAE and text encoder without memory, to be measured, from the configs alone.
+
+    The original layout has none for the last two, whose sizes are then the published ones.
+    """
+    model = find_model(model, parts=())
+    vae, text = (VAEConfig(), T5Config()) if _is_original(model) else (_vae_config(model), _text_config(model))
+    with torch.device("meta"), _Undrawn():
+        return Wan(_transformer_config(model)), WanVAE(vae), UMT5Encoder(text)
 
 
 def save_pipeline(
@@ -271,74 +283,125 @@ def save_pipeline(
         _write_json(folder / "model_index.json", _INDEX)
 
 
-def rename(name: str, table: Table) -> str:
-    """The -Diffusers name of an original name: `rename("head.head.bias", TRANSFORMER_NAMES)` is `proj_out.bias`."""
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def vae_names(config: VAEConfig) -> Table:
-    """`VAE_NAMES` and the decoder's blocks: on each level `num_res_blocks + 1` residual ones, then an upsampling."""
-    residual = config.num_res_blocks + 1
-
-    def block(match: re.Match) -> str:
-        level, i = divmod(int(match[1]), residual + 1)
-        return f".up_blocks.{level}." + (f"resnets.{i}." if i < residual else "upsamplers.0.")
-
-    return (*VAE_NAMES, (r"\.upsamples\.(\d+)\.", block))
-
-
 # Reading.
 
 
-def _download(repository: str, patterns: list[str]) -> Path:
+@cache  # every part that is loaded asks again
+def _download(repository: str, patterns: tuple[str, ...]) -> Path:
+    """The files of a repository that match; progress, resuming, HF_HOME, HF_TOKEN, HF_HUB_OFFLINE are the library's."""
     from huggingface_hub import snapshot_download  # here, because importing it takes long
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # network, spelling, permission: the library has many kinds
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+    except Exception as error:  # network, spelling, permission, disk: the library has many kinds
         raise ValueError(
-            f"{repository} is no folder here and cannot be had from Hugging Face ({type(error).__name__}), expected a "
-            f"model on disk or a repository such as {PUBLISHED}; check the name and the network"
+            f"{repository} is no folder here and cannot be had from Hugging Face: {_cause(error, repository)}"
         ) from error
 
 
-def _is_original(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+def _cause(error: Exception, repository: str) -> str:
+    """Why a download failed and what to do, in one clause."""
+    from huggingface_hub import constants, errors
+
+    origin = error.__cause__ or error
+    status = getattr(getattr(origin, "response", None), "status_code", None)
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and what was downloaded before lacks it; unset it until it is here"
+    if isinstance(origin, errors.GatedRepoError) or status == 403:
+        return f"access is restricted; ask for it at https://huggingface.co/{repository} and set HF_TOKEN"
+    if isinstance(origin, errors.RepositoryNotFoundError) or status in (401, 404):
+        return f"there is none, or it is private; check the name, as in {SMALL}, or set HF_TOKEN"
+    reason = (str(origin) or type(origin).__name__).splitlines()[0]
+    if isinstance(error, (errors.LocalEntryNotFoundError, ConnectionError)):
+        return f"it cannot be reached ({reason}); check the network, or name a folder"
+    return f"{reason}; when that is mended, the same command goes on where it stopped"
 
 
-def _transformer_config(folder: Path) -> WanConfig:
-    """The config, in either layout; one sentence for a model that is not text-to-video by a single transformer."""
-    index = folder / "model_index.json"
-    index = _json(index) if index.is_file() else {}
-    original = _is_original(folder)
-    path = folder / ("config.json" if original else "transformer/config.json")
-    # model_index.json lists each part as [library, class], and [null, null] for one that is not there.
-    two = index.get("boundary_ratio") is not None or any(index.get("transformer_2") or ())
-    two = two or (folder / "high_noise_model").is_dir()
-    theirs = {} if two else _json(_need(folder, path.relative_to(folder).as_posix()))
-    kind, class_name = theirs.get("model_type", "t2v"), str(theirs.get("_class_name", "WanModel"))
-    channels = theirs.get("in_dim", theirs.get("in_channels", 16))
-    if two:
-        found = "a Wan2.2 model of two transformers"
-    elif "vace" in (kind + class_name).lower():
-        found = "a VACE model"
-    elif channels == 48 or kind == "ti2v":
-        found = f"a TI2V model of {channels} latent channels"
-    elif channels == 36 or kind != "t2v" or theirs.get("image_dim") or theirs.get("added_kv_proj_dim"):
-        found = f"an image-conditioned (I2V) model of {channels} input channels"
-    elif class_name not in ("WanModel", "WanTransformer3DModel"):
-        found = f"a {class_name}"
-    elif original:
-        return WanConfig.from_json(path)
+def _folder(model: Path) -> Path:
+    return model.parent if model.is_file() else model
+
+
+def _is_original(model: Path) -> bool:
+    """Whether the parts are where the authors of Wan put them; those beside a single file are, if in no other place."""
+    folder = _folder(model)
+    known = model.is_file() or (folder / "config.json").is_file() or (folder / "high_noise_model").is_dir()
+    return known and not (folder / "model_index.json").is_file()
+
+
+def _home(model: Path, part: str) -> str:
+    """What the names of a transformer's files start with."""
+    if not _is_original(model):
+        return f"{part}/"
+    if not has_two_experts(model):
+        return ""
+    return "high_noise_model/" if part == "transformer" else "low_noise_model/"
+
+
+def _weight_files(model: Path, part: str) -> list[str]:
+    """The names of the files with a part's weights: one, or those of an index, or numbered ones without an index."""
+    folder, original = _folder(model), _is_original(model)
+    if original and part in ("vae", "text_encoder"):
+        return [VAE_FILE if part == "vae" else TEXT_FILE]
+    home = f"{part}/" if part in ("vae", "text_encoder") else _home(model, part)
+    stem = home + ("model" if part == "text_encoder" else "diffusion_pytorch_model")
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return sorted({home + name for name in _json(index).get("weight_map", {}).values()})
+    if numbered := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
+        count = int(numbered[0].stem.rsplit("-", 1)[1])
+        return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return [f"{stem}.safetensors"]
+
+
+def _transformer_config(model: Path, part: str = "transformer") -> WanConfig:
+    """The config, in any layout; one sentence for a model that is not text-to-video."""
+    if model.is_file():
+        config = _measure(_transformer_sizes, _comfy(model), model.name, model)
     else:
-        dim = theirs.get("num_attention_heads", 40) * theirs.get("attention_head_dim", 128)  # diffusers' defaults
-        return _config(WanConfig, TRANSFORMER_FIELDS, theirs, dim=dim)
+        path = _need(model, _home(model, part) + "config.json")
+        theirs = _json(path)
+        if _is_original(model):
+            config = WanConfig.from_json(path)
+        else:
+            dim = theirs.get("num_attention_heads", 40) * theirs.get("attention_head_dim", 128)  # diffusers' defaults
+            kind = "i2v" if theirs.get("image_dim") or theirs.get("added_kv_proj_dim") else "t2v"
+            config = _config(WanConfig, TRANSFORMER_FIELDS, theirs, dim=dim, model_type=kind)
+        class_name = theirs.get("_class_name", "WanModel")
+        if class_name not in ("WanModel", "WanTransformer3DModel"):
+            config = replace(config, model_type=str(class_name))
+    kind = config.model_type.lower()
+    if "vace" in kind:
+        found = "a VACE model"
+    elif kind == "ti2v" or config.out_dim == 48:
+        found = f"a TI2V model of {config.out_dim} latent channels, with another VAE"
+    elif kind in ("i2v", "flf2v") or config.in_dim == 36:
+        found = f"an image-conditioned (I2V) model of {config.in_dim} input channels"
+    elif kind != "t2v" or config.in_dim != config.out_dim:
+        found = f"a {config.model_type} model of {config.in_dim} input and {config.out_dim} output channels"
+    else:
+        return config
     raise ValueError(
-        f"{folder} is {found}, expected a text-to-video (T2V) model of one transformer: it serves every task here; "
-        f"use {PUBLISHED} or its 14B sister"
+        f"{model} is {found}, expected a text-to-video (T2V) model: it serves every task here; "
+        f"use {SMALL}, {LARGE} or {TWO_EXPERTS}"
     )
+
+
+def _vae_config(model: Path) -> VAEConfig:
+    path = _need(model, "vae/config.json")
+    theirs = _json(path)
+    if theirs.get("is_residual") or theirs.get("_class_name", "AutoencoderKLWan") != "AutoencoderKLWan":
+        raise ValueError(f"{path} is not a Wan2.1 VAE (AutoencoderKLWan without is_residual); {_advice(model)}")
+    return _config(VAEConfig, VAE_FIELDS, theirs, patch_size=theirs.get("patch_size") or 1)
+
+
+def _text_config(model: Path) -> T5Config:
+    theirs = _json(_need(model, "text_encoder/config.json"))
+    dim_attn = theirs.get("num_heads", 6) * theirs.get("d_kv", 64)  # transformers' defaults
+    return _config(T5Config, TEXT_FIELDS, theirs, dim_attn=dim_attn)
+
+
+def _tokenizer_file(model: Path) -> Path:
+    return _need(model, "google/umt5-xxl/tokenizer.json" if _is_original(model) else "tokenizer/tokenizer.json")
 
 
 def _config(config_class: type, names: dict[str, str], theirs: dict, **known):
@@ -346,15 +409,48 @@ def _config(config_class: type, names: dict[str, str], theirs: dict, **known):
     return config_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def _sizes(measure: Callable, state: dict[str, Tensor], folder: Path):
-    """The config of an original file, which has none: all sizes are in the shapes of its tensors."""
+class Stored(NamedTuple):
+    """A tensor in a file, which `read` reads."""
+
+    shape: tuple[int, ...]
+    fp8: bool
+    read: Callable[[], Tensor]
+
+
+def _measure(sizes: Callable, stored: Mapping[str, Stored], name: str, model: Path):
+    """The config of the file of that name, which comes without one: all sizes are in the shapes of its tensors."""
     try:
-        return measure(state)
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"the VAE or text encoder in {folder} is not Wan2.1's ({error}); {_advice(folder)}") from None
+        return sizes(stored)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else error
+        found = f"the weights in {_folder(model) / name} are not Wan2.1's ({reason})"
+        raise ValueError(f"{found}; {_advice(model)}") from None
 
 
-def _vae_sizes(state: dict[str, Tensor]) -> VAEConfig:
+def _layers(names: Iterable[str]) -> int:
+    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+
+
+def _transformer_sizes(stored: Mapping[str, Stored]) -> WanConfig:
+    dim, in_dim, *patch_size = stored["patch_embedding.weight"].shape
+    if dim % HEAD_SIZE:
+        raise ValueError(f"width {dim}, expected a multiple of {HEAD_SIZE}, the size of a head")
+    modules = {name.split(".")[0] for name in stored}
+    return WanConfig(
+        dim=dim,
+        ffn_dim=stored["blocks.0.ffn.0.weight"].shape[0],
+        freq_dim=stored["time_embedding.0.weight"].shape[1],
+        in_dim=in_dim,
+        out_dim=stored["head.head.weight"].shape[0] // math.prod(patch_size),
+        num_heads=dim // HEAD_SIZE,
+        num_layers=_layers(stored),
+        text_dim=stored["text_embedding.0.weight"].shape[1],
+        patch_size=tuple(patch_size),
+        model_type="vace" if "vace_blocks" in modules else "i2v" if "img_emb" in modules else "t2v",
+    )
+
+
+def _vae_sizes(state: Mapping[str, Stored]) -> VAEConfig:
     dim, folded = state["encoder.conv1.weight"].shape[:2]
     widths, temporal, i = [], [], 0
     while any(name.startswith(f"encoder.downsamples.{i}.") for name in state):
@@ -374,7 +470,7 @@ def _vae_sizes(state: dict[str, Tensor]) -> VAEConfig:
     )
 
 
-def _text_sizes(state: dict[str, Tensor]) -> T5Config:
+def _text_sizes(state: Mapping[str, Stored]) -> T5Config:
     vocab_size, dim = state["token_embedding.weight"].shape
     num_buckets, num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape
     return T5Config(
@@ -383,39 +479,78 @@ def _text_sizes(state: dict[str, Tensor]) -> T5Config:
         dim_attn=state["blocks.0.attn.q.weight"].shape[0],
         dim_ffn=state["blocks.0.ffn.fc1.weight"].shape[0],
         num_heads=num_heads,
-        num_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        num_layers=_layers(state),
         num_buckets=num_buckets,
     )
 
 
-def _shards(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of a part: one, or those of an index, or numbered ones without an index."""
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        parts = set(_json(index).get("weight_map", {}).values())
-        names = {(index.parent / part).relative_to(folder).as_posix() for part in parts}
-    elif numbered := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
-        count = int(numbered[0].stem.rsplit("-", 1)[1])
-        names = {f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
-    else:
-        names = {f"{stem}.safetensors"}
-    return [_need(folder, name) for name in sorted(names)]
+def _part(model: Path, part: str) -> dict[str, Stored]:
+    """What the files with a part's weights hold."""
+    if model.is_file() and part == "transformer":
+        return _comfy(model)
+    return _stored(_need(model, name) for name in _weight_files(model, part))
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, one after another, read from disk only when they are used."""
+def _stored(files: Iterable[Path]) -> dict[str, Stored]:
+    """What the files hold, by name. Nothing is read yet."""
+    stored = {}
     for path in files:
-        try:
+        with _reading(path):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
-                        yield name, file.get_tensor(name)
-            else:
+                        entry = file.get_slice(name)
+                        is_fp8 = entry.get_dtype().startswith("F8")
+                        stored[name] = Stored(tuple(entry.get_shape()), is_fp8, partial(_read, path, name))
+            else:  # mapped, so that what is cast or moved to a GPU is never all in memory twice
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-                yield from state.get("model_state", state).items()
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"cannot read {path} ({reason}); download or write it again") from error
+                state = state.get("model_state", state)
+                stored |= {name: Stored(tuple(value.shape), False, value.detach) for name, value in state.items()}
+    return stored
+
+
+def _read(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, which is opened anew: while it is open, all that was read stays resident."""
+    with _reading(path), safe_open(path, framework="pt") as file:
+        return file.get_tensor(name).clone()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # over damaged bytes, readers stumble in every way there is
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or holds more than tensors: nothing in it was run"
+        raise ValueError(f"cannot read {path} ({reason}); download or write it again") from error
+
+
+def _comfy(path: Path) -> dict[str, Stored]:
+    """The transformer of a single file under its original names; fp8 weights get their scales as they are read."""
+    stored = _stored([path])
+    prefixes = ("model.diffusion_model.", "diffusion_model.")
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in stored)), "")
+    stored = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    marked = stored.pop("scaled_fp8", None) is not None
+    for name, tensor in list(stored.items()):
+        if not tensor.fp8 or len(tensor.shape) != 2:
+            continue
+        stored.pop(name.removesuffix("weight") + "scale_input", None)  # for products in fp8, which nobody does here
+        scale = stored.pop(name.removesuffix("weight") + "scale_weight", None)
+        if scale and scale.shape in ((), (1,), (1, 1), (tensor.shape[0], 1)):
+            stored[name] = tensor._replace(read=partial(_scaled, tensor, scale))
+        elif scale or marked:
+            found = f"a scale of {scale.shape}" if scale else "no scale"
+            raise ValueError(
+                f"{path} has {found} for {name}, expected one a tensor or row; use another copy of the model"
+            )
+    return stored
+
+
+def _scaled(weight: Stored, scale: Stored) -> Tensor:
+    """W = fp8 · scale, in fp32."""
+    return weight.read().float() * scale.read().float()
 
 
 class _Undrawn(TorchFunctionMode):
@@ -433,56 +568,74 @@ def _fill(
     model_class: type[nn.Module],
     config,
     table: Table,
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    model: Path,
+    stored: Mapping[str, Stored],
     dtype: torch.dtype | None,
     device: str,
 ) -> nn.Module:
-    """Build a model without memory and give it the tensors; every name and shape must be the model's."""
+    """Build a module without memory and give it the tensors; every name and shape must be the module's."""
     with torch.device("meta"), _Undrawn():
-        model = model_class(config)
-    expected = {rename(name, table): (name, tensor.shape) for name, tensor in model.state_dict().items()}
-    state, unknown, misshapen = {}, [], []
-    for theirs, tensor in tensors:
-        name, shape = expected.get(theirs, (None, None))
-        if name is None:
-            unknown.append(theirs)
-        elif tensor.shape != shape:
-            misshapen.append(f"{theirs} {tuple(tensor.shape)}, expected {tuple(shape)}")
-            state[name] = None
-        else:
-            # A copy: the tensor may be a window on the file, and the file may be written anew.
-            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
-    missing = [theirs for theirs, (name, _) in expected.items() if name not in state]
-    kinds = {"missing": missing, "unknown": unknown, "of another shape": misshapen}
+        module = model_class(config)
+    expected = {rename(name, table): (name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
+    kinds = {
+        "missing": [name for name in expected if name not in stored],
+        "unknown": [name for name in stored if name not in expected],
+        "of another shape": [
+            f"{name} {stored[name].shape}, expected {shape}"
+            for name, (_, shape) in expected.items()
+            if name in stored and stored[name].shape != shape
+        ],
+    }
     if found := [f"{len(names)} are {kind} (first: {names[0]})" for kind, names in kinds.items() if names]:
         raise ValueError(
-            f"the {model_class.__name__} weights in {folder} are not those of its config: of {len(expected)} tensors, "
-            f"{', '.join(found)}; expected a Wan2.1 text-to-video model, {_advice(folder)}"
+            f"the {model_class.__name__} weights in {model} are not those of its config: of {len(expected)} tensors, "
+            f"{', '.join(found)}; expected a Wan2.1 text-to-video model, {_advice(model)}"
         )
-    model.load_state_dict(state, assign=True)
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    return model.eval()
+    state = {}
+    for theirs, (name, _) in expected.items():
+        tensor = stored[theirs].read()
+        if not tensor.is_floating_point():
+            raise ValueError(f"{theirs} in {model} is of {tensor.dtype}, expected floating point; use another copy")
+        state[name] = tensor = tensor.to(device, dtype)
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise ValueError(f"{theirs} in {model} holds NaN or infinity as {tensor.dtype}; {_advice(model)}")
+    module.load_state_dict(state, assign=True)
+    assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    return module.eval()
 
 
-def _need(folder: Path, name: str) -> Path:
+def _need(model: Path, name: str) -> Path:
+    folder = _folder(model)
     if not (folder / name).is_file():
-        raise ValueError(f"{folder} has no {name}, which a Wan text-to-video model needs; {_advice(folder)}")
+        raise ValueError(f"{folder} has no {name}, which a Wan text-to-video model needs; {_advice(model, name)}")
     return folder / name
 
 
-def _advice(folder: Path) -> str:
-    """Which command gets a complete published model of this folder's layout and size."""
-    original = _is_original(folder)
-    config = folder / ("config.json" if original else "transformer/config.json")
-    large = config.is_file() and _json(config).get("num_layers") == 40
-    repository = (PUBLISHED.replace("1.3B", "14B") if large else PUBLISHED) + ("" if original else "-Diffusers")
-    return f"`hf download {repository} --local-dir {folder.as_posix()}` gets the published one"
+def _advice(model: Path, name: str = "") -> str:
+    """Which command gets the published model of this layout and size, or the part of it that a missing file is of."""
+    repository = _published(model) + ("" if _is_original(model) else "-Diffusers")
+    what = f'--include "{name.split("/")[0]}/*" ' if "/" in name else f"{name} " if name else ""
+    return f"`hf download {repository} {what}--local-dir {_folder(model).as_posix()}` gets the published one"
+
+
+def _published(model: Path) -> str:
+    """The published model with as many experts and layers: its settings are fit, and its files can stand in."""
+    if has_two_experts(model):
+        return TWO_EXPERTS
+    if model.is_file():
+        layers = _layers(_comfy(model))
+    else:
+        config = model / (_home(model, "transformer") + "config.json")
+        layers = _json(config).get("num_layers") if config.is_file() else None
+    return LARGE if layers == 40 else SMALL
 
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got a {type(content).__name__}")
+        return content
     except ValueError as error:
         raise ValueError(f"cannot read {path} as JSON ({error}); download or write it again") from None
 

@@ -17,7 +17,10 @@ from pathlib import Path
 
 
 def option(default, help: str, **argparse_settings):
-    """A dataclass field that is also a flag: `shift: float = option(5.0, "shift of the sigma schedule")`."""
+    """A dataclass field that is also a flag: `shift: float = option(5.0, "shift of the sigma schedule")`.
+
+    With `positional=True` it is an argument without a flag, which has to be given unless `nargs="?"`.
+    """
     return dataclasses.field(default=default, metadata={"help": help, **argparse_settings})
 
 
@@ -33,8 +36,9 @@ def parse(config_class, doc: str, argv: list[str] | None = None):
             settings.setdefault("type", kind if kind in (int, float) else str)
         if field.default not in (None, False, ()) and "%(default)s" not in settings["help"]:
             settings["help"] += " (default: %(default)s)"
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **settings)
-    return config_class(**vars(parser.parse_args(argv)))
+        name = field.name if settings.pop("positional", False) else "--" + field.name.replace("_", "-")
+        parser.add_argument(name, default=field.default, **settings)
+    return config_class(**vars(parser.parse_intermixed_args(argv)))
 
 
 def run(command, *arguments) -> None:

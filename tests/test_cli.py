@@ -72,6 +72,25 @@ def test_help_shows_the_first_line_of_the_doc_and_the_defaults(capsys):
     assert "a whole number (default: 3)" in out and "default: None" not in out and "default: False" not in out
 
 
+@dataclass(frozen=True)
+class WithFile:
+    file: str = cli.option(None, "what to read", positional=True, choices=("a", "b"))
+    copy: str | None = cli.option(None, "where to write", positional=True, nargs="?")
+    count: int = cli.option(3, "a whole number")
+
+
+def test_positional_arguments_stand_without_flags(capsys):
+    assert cli.parse(WithFile, "Doc.", ["a"]) == WithFile("a", None, 3)
+    assert cli.parse(WithFile, "Doc.", ["b", "--count", "4", "c"]) == WithFile("b", "c", 4)
+    for argv in ([], ["c"], ["a", "b", "c"]):
+        with pytest.raises(SystemExit) as end:
+            cli.parse(WithFile, "Doc.", argv)
+        assert end.value.code == 2
+    with pytest.raises(SystemExit):
+        cli.parse(WithFile, "Doc.", ["--help"])
+    assert "default: None" not in capsys.readouterr().out
+
+
 # Errors.
 
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small import call, mistake
 
+import checkpoint
 import lora
+import names
 from model import Wan, WanConfig
 
 GOLDEN = "tests/golden/"
@@ -52,6 +55,28 @@ def _random(model, rank=3, alpha=None, seed=0):
         A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
         pairs[name] = (A, torch.randn(out_features, rank, generator=generator) / 10, alpha)
     return pairs
+
+
+def _whole(model, seed=1, kinds=("weight", "bias", "modulation")):
+    """A change of every parameter that no pair can change: norms, biases, modulations, the patches' convolution."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(parameter.shape, generator=generator) / 10
+        for name, parameter in model.named_parameters()
+        if name.endswith(kinds) and (parameter.ndim != 2)
+    }
+
+
+def _merged_as_expected(model, before, changes, strength):
+    """Every parameter is what the formula says, in fp64: those that the LoRA names, and no other."""
+    for name, got in model.state_dict().items():
+        expected = before[name].double()
+        if name in changes:
+            expected = expected + strength * changes[name].double()
+        if name.endswith(".weight") and (layer := name.removesuffix(".weight")) in changes:
+            A, B, alpha = changes[layer]
+            expected = expected + strength * (1 if alpha is None else alpha / A.shape[0]) * B.double() @ A.double()
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def _train(model, pairs):
@@ -171,14 +196,24 @@ def _misfit_ranks(pairs):
     pairs["blocks.1.ffn.2"] = (A[1:], B, alpha)
 
 
+def _add_a_bias_to_a_norm_without(pairs):
+    pairs["blocks.0.self_attn.norm_q.bias"] = torch.zeros(48)
+
+
+def _shorten_a_bias(pairs):
+    pairs["head.head.bias"] = torch.zeros(63)
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (_rename_last, r"matched 19 of 20 pairs; first unmatched blocks\.9\.ffn\.2"),
-        (_name_a_norm, r"matched 19 of 20 pairs; first unmatched blocks\.0\.norm3"),
+        (_rename_last, r"matched 19 of 20 layers and parameters; first unmatched blocks\.9\.ffn\.2"),
+        (_name_a_norm, r"matched 19 of 20 layers and parameters; first unmatched blocks\.0\.norm3"),
         (_narrow_the_last, r"blocks\.1\.ffn\.2 has A \(3, 95\) and B \(48, 3\), expected \(rank, 96\)"),
         (_misfit_ranks, r"blocks\.1\.ffn\.2 has A \(2, 96\) and B \(48, 3\)"),
-        (dict.clear, "matched 0 of 0 pairs"),
+        (_add_a_bias_to_a_norm_without, r"matched 20 of 21 .*; first unmatched blocks\.0\.self_attn\.norm_q\.bias"),
+        (_shorten_a_bias, r"change of head\.head\.bias is \(63,\), expected \(64,\)"),
+        (dict.clear, "matched 0 of 0 layers"),
     ],
 )
 def test_a_lora_that_does_not_fit_changes_nothing(wan, spoil, message):
@@ -186,6 +221,16 @@ def test_a_lora_that_does_not_fit_changes_nothing(wan, spoil, message):
     spoil(pairs)
     with pytest.raises(ValueError, match=message):
         lora.merge(wan, pairs)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
+
+
+def test_unmerge_takes_back_whole_changes_as_well(wan):
+    before = _snapshot(wan)
+    changes = {**_random(wan), **_whole(wan), "blocks.0.ffn.0.weight": torch.ones(96, 48)}  # two of one weight
+    originals = lora.merge(wan, changes, 1.4, keep=True)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items() if name in originals)
+    _merged_as_expected(wan, before, changes, 1.4)
+    lora.unmerge(wan, originals)
     assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
 
 
@@ -312,33 +357,113 @@ PEFT_NAMES = {
 }
 
 
+MUSUBI = "lora_unet_{flat}.lora_{down_up}.weight"
+FUN = "lora_unet__{flat}.lora_{down_up}.weight"
+
+
 @pytest.mark.parametrize(
-    "pattern, alpha",
+    "pattern, suffix, dtype, alpha, writer",
     [
-        ("blocks.{block}.{layer}.lora_{AB}.default.weight", None),
-        ("diffusion_model.blocks.{block}.{layer}.lora_{AB}.default.weight", None),
-        ("diffusion_model.blocks.{block}.{layer}.lora_{AB}.weight", 2.5),
-        ("blocks.{block}.{layer}.lora_{down_up}.weight", 8.0),
-        ("diffusion_model.blocks.{block}.{layer}.lora_{down_up}.weight", None),
-        ("transformer.blocks.{block}.{peft}.lora_{AB}.weight", None),
-        ("base_model.model.blocks.{block}.{peft}.lora_{AB}.pusa.weight", 4.0),
-        ("base_model.model.transformer.blocks.{block}.{layer}.lora_{AB}.weight", None),
+        ("{name}.lora_{AB}.default.weight", ".pt", torch.float32, None, "the official Pusa"),
+        ("{name}.lora_{AB}.weight", ".safetensors", torch.bfloat16, None, "PEFT"),  # Pusa for Wan2.2 in some copies
+        ("diffusion_model.{name}.lora_{AB}.default.weight", ".safetensors", torch.bfloat16, None, "the official Pusa"),
+        ("{name}.lora_{down_up}.weight", ".safetensors", torch.bfloat16, 8.0, "LightX2V"),
+        ("diffusion_model.{name}.lora_{down_up}.weight", ".safetensors", torch.float16, None, "LightX2V, or extracted"),
+        ("diffusion_model.{name}.lora_{down_up}.weight", ".pth", torch.float16, 2.5, "LightX2V, or extracted"),
+        (MUSUBI, ".safetensors", torch.bfloat16, 16.0, "musubi-tuner"),
+        (FUN, ".safetensors", torch.float32, 1.0, "Fun-LoRA"),
+        ("transformer.{peft}.lora_{AB}.weight", ".safetensors", torch.float32, None, "diffusers"),
+        ("base_model.model.{peft}.lora_{AB}.pusa.weight", ".bin", torch.float32, 4.0, "diffusers"),
+        ("base_model.model.transformer.{name}.lora_{AB}.weight", ".safetensors", torch.float32, None, "PEFT"),
+        ("diffusion_model.{name}.lora_{AB}.weight", ".safetensors", torch.float32, None, "ComfyUI, diffusion-pipe"),
     ],
 )
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_each_layout(wan, tmp_path, pattern, alpha, suffix):
-    pairs, tensors = _random(wan, alpha=alpha), {}
-    for name, (A, B, _) in pairs.items():
+def test_each_layout(wan, tmp_path, pattern, suffix, dtype, alpha, writer):
+    """The keys of each program, with a rank for each layer, merged as the formula says."""
+    two, five = _random(wan, rank=2, alpha=alpha), _random(wan, rank=5, alpha=alpha)
+    pairs, tensors = {}, {}
+    for i, name in enumerate(two):
+        A, B, _ = (two if i % 3 else five)[name]
+        pairs[name] = (A.to(dtype), B.to(dtype), alpha)
         _, block, layer = name.split(".", 2)
-        for tensor, AB, down_up in ((A, "A", "down"), (B, "B", "up")):
-            names = {"block": block, "layer": layer, "peft": PEFT_NAMES[layer], "AB": AB, "down_up": down_up}
-            key = pattern.format(**names)
+        names = {"name": name, "flat": name.replace(".", "_"), "peft": f"blocks.{block}.{PEFT_NAMES[layer]}"}
+        for tensor, AB, down_up in zip(pairs[name][:2], ("A", "B"), ("down", "up"), strict=True):
+            key = pattern.format(AB=AB, down_up=down_up, **names)
             tensors[key] = tensor
         if alpha is not None:
-            tensors[key.split(".lora_")[0] + ".alpha"] = torch.tensor(alpha)
+            tensors[key.split(".lora_")[0] + ".alpha"] = torch.tensor(alpha, dtype=dtype)
     path = tmp_path / f"lora{suffix}"
     save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
-    _same(lora.load(path), pairs)
+
+    before = _snapshot(wan)
+    lora.merge(wan, lora.load(path), 1.4)
+    _merged_as_expected(wan, before, pairs, 1.4)
+    shown = call(lora, "inspect", path)
+    assert shown.status == 0 and f"written by  {writer}" in shown.out and "rank        2, 5\n" in shown.out
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_whole_changes_of_every_parameter_in_every_spelling(theirs, flat, tmp_path):
+    """`.diff`, `.diff_b` and `.diff_m`, as LightX2V and ComfyUI extract them, also outside of the ten layers."""
+    model = Wan(WanConfig(12, 16, 8, num_heads=2, num_layers=12, text_dim=6))
+    before, changes, tensors = _snapshot(model), {}, {}
+    for name, parameter in model.named_parameters():
+        changes[name] = torch.randn_like(parameter)
+        layer, _, kind = (names.rename(name, names.TRANSFORMER_NAMES) if theirs else name).rpartition(".")
+        spelled = f"{layer}.{kind}".lstrip(".") if "bias" not in kind and "weight" not in kind else layer
+        spelled = "lora_unet_" + spelled.replace(".", "_") if flat else "diffusion_model." + spelled
+        tensors[spelled + (".diff_b" if kind == "bias" else ".diff")] = changes[name]
+    if not theirs and not flat:
+        for name in ("blocks.11", "head"):
+            tensors[f"diffusion_model.{name}.diff_m"] = tensors.pop(f"diffusion_model.{name}.modulation.diff")
+    save_file(tensors, tmp_path / "lora.safetensors")
+    lora.merge(model, lora.load(tmp_path / "lora.safetensors"), -0.7)
+    _merged_as_expected(model, before, changes, -0.7)
+
+
+def test_pairs_outside_of_the_ten_layers(wan, tmp_path):
+    """CausVid changes every linear layer, and an extraction also the convolution that cuts patches."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("time_projection.1", "text_embedding.2", "time_embedding.0", "head.head")
+    changes = {}
+    for name in names:
+        rows, columns = wan.get_submodule(name).weight.shape
+        changes[name] = (torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator), None)
+    A, B = torch.randn(3, 16, 1, 2, 2, generator=generator), torch.randn(48, 3, 1, 1, 1, generator=generator)
+    tensors = {
+        f"{name}.lora_{part}.weight": change[i] for name, change in changes.items() for i, part in enumerate("AB")
+    }
+    save_file(
+        {**tensors, "patch_embedding.lora_A.weight": A, "patch_embedding.lora_B.weight": B}, tmp_path / "a.safetensors"
+    )
+    before = _snapshot(wan)
+    lora.merge(wan, lora.load(tmp_path / "a.safetensors"), 0.5)
+    changes["patch_embedding.weight"] = torch.einsum("orabc,rixyz->oixyz", B, A)
+    _merged_as_expected(wan, before, changes, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter")  # PEFT's own, about the biases that it writes
+def test_a_folder_that_peft_wrote(wan, golden, tmp_path):
+    """PEFT scales by lora_alpha/rank, the bias of B as well, and keeps alpha in a file of its own."""
+    peft = pytest.importorskip("peft")
+    targets = r"blocks\.\d+\.(self_attn\.[qkvo]|ffn\.0)|head\.head"
+    other = Wan(golden[0])
+    other.load_state_dict(wan.state_dict())
+    settings = peft.LoraConfig(r=3, lora_alpha=12, lora_bias=True, target_modules=targets, rank_pattern={"ffn.0": 2})
+    other = peft.get_peft_model(other, settings)
+    for name, parameter in other.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    other.save_pretrained(tmp_path)
+    lora.merge(wan, lora.load(tmp_path / "adapter_model.safetensors"))
+    for name, expected in other.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(wan.state_dict()[name], expected, rtol=1e-5, atol=1e-6)
+
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))
+    with pytest.raises(ValueError, match="use_rslora"):
+        lora.load(tmp_path / "adapter_model.safetensors")
 
 
 A, B = torch.zeros(2, 4), torch.zeros(4, 2)
@@ -348,16 +473,21 @@ PAIR = {"blocks.0.ffn.0.lora_A.weight": A, "blocks.0.ffn.0.lora_B.weight": B}
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({**PAIR, "blocks.0.ffn.0.diff_b": B}, r"understood 2 of 3 keys; first unknown blocks\.0\.ffn\.0\.diff_b"),
-        ({**PAIR, "blocks.0.norm3.diff": A}, r"understood 2 of 3 keys; first unknown blocks\.0\.norm3\.diff"),
-        ({**PAIR, "blocks.0.ffn.0.lora_B.bias": B}, "understood 2 of 3 keys"),
+        ({**PAIR, "blocks.0.ffn.1.diff_b": B}, r"understood 2 of 3 keys; first unknown blocks\.0\.ffn\.1\.diff_b"),
+        ({**PAIR, "blocks.0.ffn.0.diff_m": A}, "understood 2 of 3 keys"),
+        ({**PAIR, "blocks.0.cross_attn.k_img.lora_A.weight": A}, "understood 2 of 3 keys.*text-to-video Wan"),
+        ({**PAIR, "lora_unet_blocks_0_ffn_00.alpha": A[0, 0]}, "understood 2 of 3 keys"),
+        ({**PAIR, "blocks.0.ffn.0.lora_A.bias": B}, "understood 2 of 3 keys"),
         ({**PAIR, "blocks.0.ffn.0.dora_scale": B}, "understood 2 of 3 keys"),
         ({**PAIR, "blocks.0.ffn.0.alpha": B}, "understood 2 of 3 keys"),
         ({"blocks.0.ffn.0.weight": A}, "understood 0 of 1 keys"),
         ({}, "understood 0 of 0 keys"),
         ({**PAIR, "blocks.1.ffn.0.lora_A.weight": A}, r"1 of 2 layers lack A or B; first incomplete blocks\.1\.ffn\.0"),
         ({**PAIR, "blocks.1.ffn.0.alpha": A[0, 0]}, "1 of 2 layers lack A or B"),
+        ({**PAIR, "blocks.1.ffn.0.lora_B.bias": B[0]}, "1 of 2 layers lack A or B"),
         ({**PAIR, "diffusion_model.blocks.0.ffn.0.lora_A.weight": A}, "more than one A for a layer"),
+        ({**PAIR, "lora_unet_blocks_0_ffn_0.lora_up.weight": A}, "more than one B for a layer"),
+        ({**PAIR, "blocks.0.ffn.0.alpha": A[0, 0] / 0}, r"numbers in blocks\.0\.ffn\.0\.alpha that are not finite"),
         ([A, B], "not a flat dict of tensors"),
         ({"state_dict": PAIR}, "not a flat dict of tensors"),
     ],
@@ -406,16 +536,96 @@ def test_unreadable_files(tmp_path):
         lora.load(tmp_path / "lora.txt")
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("alpha", [None, 7.0])
-def test_diffusers_reads_our_file(wan, golden, tmp_path, alpha):
+# Writing, and other programs.
+
+
+def test_equal_input_gives_equal_bytes(wan, tmp_path):
+    pairs = _random(wan, alpha=2.5)
+    metadata = {key: 'ä " \\ \n' + key for key in "hgfedcba"}
+    for i, order in enumerate((list(metadata), sorted(metadata))):
+        lora.save(tmp_path / f"{i}.safetensors", pairs, base="tiny", metadata={key: metadata[key] for key in order})
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == {**metadata, "format": "pt", "rank": "3", "alpha": "2.5", "base": "tiny"}
+    _same(lora.load(tmp_path / "0.safetensors"), pairs)
+
+
+@pytest.mark.parametrize("to", ["comfy", "peft", "original"])
+def test_convert(wan, tmp_path, to):
+    """From musubi-tuner's keys to each layout and back to memory: the same change, byte for byte the same file."""
+    pairs, tensors = _random(wan, rank=4, alpha=6.0), {}
+    for name, (A, B, alpha) in pairs.items():
+        flat = "lora_unet_" + name.replace(".", "_")
+        tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(alpha)}
+    save_file(tensors, tmp_path / "in.safetensors", {"base": "a model", "lora_adapter_metadata": "{}"})
+    out = tmp_path / "new" / "out.safetensors"
+    ended = call(lora, "convert", tmp_path / "in.safetensors", out, "--to", to)
+    assert ended.status == 0, ended.err
+    expected = {"comfy": "diffusion_model.blocks.1.self_attn.o.lora_A.weight",
+                "peft": "transformer.blocks.1.attn1.to_out.0.lora_A.weight",
+                "original": "blocks.1.self_attn.o.lora_A.default.weight"}  # fmt: skip
+    with safe_open(out, "pt") as file:
+        assert expected[to] in file.keys() and len(file.keys()) == (60 if to == "comfy" else 40)
+        shown = {"format": "pt", "rank": "4", "alpha": "6" if to == "comfy" else "4", "base": "a model"}
+        assert file.metadata() == shown
+    before = _snapshot(wan)
+    lora.merge(wan, lora.load(out), 1.4)
+    _merged_as_expected(wan, before, pairs, 1.4)
+
+    again = tmp_path / "again.safetensors"
+    assert call(lora, "convert", out, again, "--to", to).status == 0
+    assert again.read_bytes() == out.read_bytes()
+    mistake(call(lora, "convert", out, again), "again.safetensors exists", "--overwrite")
+    assert again.read_bytes() == out.read_bytes()
+    assert call(lora, "convert", out, again, "--to", "comfy", "--overwrite").status == 0
+
+
+def test_convert_keeps_whole_changes_or_refuses(wan, tmp_path):
+    changes, before = {**_random(wan, alpha=2.0), **_whole(wan)}, _snapshot(wan)
+    lora.save(tmp_path / "a.safetensors", changes)
+    lora.merge(wan, lora.load(tmp_path / "a.safetensors"), 1.4)
+    _merged_as_expected(wan, before, changes, 1.4)
+    count = len(_whole(wan))
+    for to, lost in (("peft", count - 20), ("original", count)):  # PEFT has the biases of the twenty pairs
+        ended = call(lora, "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", to)
+        mistake(ended, f"{lost} changes of whole parameters", "use comfy")
+    mistake(call(lora, "convert", tmp_path / "a.safetensors"), "expected convert IN OUT")
+    mistake(call(lora, "convert", tmp_path / "a.safetensors", tmp_path / "b.pt"), "ends in .safetensors")
+    with pytest.raises(ValueError, match="layout kohya, expected one of comfy, peft, original"):
+        lora.save(tmp_path / "b.safetensors", changes, to="kohya")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_inspect(wan, tmp_path):
+    A, B = torch.zeros(2, 48), torch.zeros(48, 2)
+    A[0, 0], B[0, 0], B[1, 0] = 2.0, 3.0, 4.0  # of norm 2 and 5
+    changes = {
+        "blocks.0.self_attn.q": (A, B, 1.0),
+        "blocks.1.self_attn.q": (A.clone(), B.clone(), None),
+        "head.modulation": A.clone()[None],
+    }
+    path = tmp_path / "a.safetensors"
+    lora.save(path, changes, base="tiny", metadata={"steps": "900"})
+    checkpoint.save_pipeline(tmp_path / "model", wan)
+    shown = call(lora, "inspect", path, "--model", tmp_path / "model")
+    assert shown.status == 0, shown.err
+    rows = dict(line.split(maxsplit=1) for line in shown.out.replace("written by", "writer").splitlines())
+    assert rows["changes"] == "2 layers by a pair, 1 whole parameters"
+    assert (rows["rank"], rows["alpha"], rows["parameters"]) == ("2", "1, as the rank", "480")
+    assert rows["stored"] == "as   float32" and rows["[steps]"] == "900" and rows["[base]"] == "tiny"
+    assert rows["matched"].startswith("3 of 3 in")
+    assert rows["strongest"] == "blocks.1.self_attn.q (10), blocks.0.self_attn.q (5), head.modulation (2)"
+
+    lora.save(path, {**changes, "blocks.2.ffn.0": (A.clone(), B.clone(), None)})
+    mistake(call(lora, "inspect", path, "--model", tmp_path / "model"), "matched 3 of 4", "blocks.2.ffn.0")
+
+
+def _diffusers_model(config, wan):
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from diffusers import WanTransformer3DModel
-    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    config, tensors = golden
     theirs = WanTransformer3DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.dim // config.num_heads,
@@ -425,13 +635,46 @@ def test_diffusers_reads_our_file(wan, golden, tmp_path, alpha):
         num_layers=config.num_layers,
     ).eval()
     theirs.load_state_dict(convert_wan_transformer_to_diffusers(_snapshot(wan)))
-    pairs = _random(wan, rank=3, alpha=alpha)
-    lora.save(tmp_path / "mine.safetensors", pairs, base="tiny")
-    state = WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name="mine.safetensors")
-    theirs.load_lora_adapter(state)
+    return theirs
 
-    lora.merge(wan, pairs)
+
+@torch.no_grad()
+def _agree(wan, theirs, tensors):
     x, timestep, context = tensors["x"], tensors["timestep_uniform"], tensors["context"]
     ours = wan(x, timestep / 1000, context)
     assert _error(ours, theirs(x, timestep, context).sample) < 1e-4
     assert _error(ours, tensors["velocity_uniform"]) > 1e-2
+
+
+@pytest.mark.parametrize("alpha", [None, 7.0])
+@pytest.mark.parametrize("to", ["comfy", "peft"])
+def test_diffusers_reads_our_file(wan, golden, tmp_path, alpha, to):
+    theirs = _diffusers_model(golden[0], wan)
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    changes = _random(wan, rank=3, alpha=alpha)
+    if alpha is not None:
+        changes["blocks.1.ffn.0.bias"] = torch.randn(96)
+    lora.save(tmp_path / "mine.safetensors", changes, base="tiny", to=to)
+    state = WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name="mine.safetensors")
+    theirs.load_lora_adapter(state)
+    lora.merge(wan, changes)
+    _agree(wan, theirs, golden[1])
+
+
+@pytest.mark.parametrize("says_alpha", [True, False])
+def test_a_file_that_diffusers_wrote(wan, golden, tmp_path, says_alpha):
+    theirs = _diffusers_model(golden[0], wan)
+    import peft
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    settings = peft.LoraConfig(r=4, lora_alpha=8 if says_alpha else 4, target_modules=list(PEFT_NAMES.values())[:4])
+    theirs.add_adapter(settings)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    about = {"r": 4, "lora_alpha": 8} if says_alpha else None
+    state = peft.get_peft_model_state_dict(theirs)
+    WanLoraLoaderMixin.save_lora_weights(tmp_path, state, transformer_lora_adapter_metadata=about)
+    lora.merge(wan, lora.load(tmp_path / "pytorch_lora_weights.safetensors"))
+    _agree(wan, theirs, golden[1])

@@ -1,0 +1,94 @@
+"""What tensors and config fields of a Wan model are called in a -Diffusers folder.
+
+Everywhere else they have their original names, those of the files that the authors of Wan2.1 published. Each table is
+a list of substitutions for one part of the model:
+
+    rename("blocks.0.self_attn.q.weight", TRANSFORMER_NAMES)    # blocks.0.attn1.to_q.weight
+"""
+
+import re
+from collections.abc import Callable
+
+from vae import VAEConfig
+
+Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+
+# Original name -> -Diffusers name: substitutions, applied in this order. The way back is the inverse of what they give
+# for the names that a model has.
+TRANSFORMER_NAMES = (
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.([qkv])\.", r".to_\1."),
+    (r"\.o\.", ".to_out.0."),
+    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
+    (r"\.ffn\.2\.", ".ffn.net.2."),
+    (r"\.norm3\.", ".norm2."),  # the affine norm; the other two have no weights
+    (r"^head\.head\.", "proj_out."),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"\.modulation$", ".scale_shift_table"),
+)
+VAE_NAMES = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"coder\.conv1\.", "coder.conv_in."),
+    (r"coder\.head\.0\.", "coder.norm_out."),
+    (r"coder\.head\.2\.", "coder.conv_out."),
+    (r"\.downsamples\.", ".down_blocks."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)  # and the decoder's flat list of blocks, which the other layout groups by level: `vae_names`
+TEXT_NAMES = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.", "encoder.block."),
+    (r"\.attn\.", ".layer.0.SelfAttention."),
+    (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.norm1\.", ".layer.0.layer_norm."),
+    (r"\.norm2\.", ".layer.1.layer_norm."),
+    (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."),
+    (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
+    (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
+)
+# Our config field -> theirs. `dim` of the transformer and `dim_attn` of the encoder are products there.
+TRANSFORMER_FIELDS = {
+    "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "in_dim": "in_channels", "out_dim": "out_channels", "eps": "eps",
+    "num_heads": "num_attention_heads", "num_layers": "num_layers", "text_dim": "text_dim", "patch_size": "patch_size",
+    "text_len": "text_len",
+}  # fmt: skip
+VAE_FIELDS = {
+    "dim": "base_dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
+    "temporal_downsample": "temperal_downsample", "latents_mean": "latents_mean", "latents_std": "latents_std",
+}  # fmt: skip
+TEXT_FIELDS = {
+    "vocab_size": "vocab_size", "dim": "d_model", "dim_ffn": "d_ff", "num_heads": "num_heads",
+    "num_layers": "num_layers", "num_buckets": "relative_attention_num_buckets",
+}  # fmt: skip
+
+
+def rename(name: str, table: Table) -> str:
+    """The -Diffusers name of an original name: `rename("head.head.bias", TRANSFORMER_NAMES)` is `proj_out.bias`."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def vae_names(config: VAEConfig) -> Table:
+    """`VAE_NAMES` and the decoder's blocks: on each level `num_res_blocks + 1` residual ones, then an upsampling."""
+    residual = config.num_res_blocks + 1
+
+    def block(match: re.Match) -> str:
+        level, i = divmod(int(match[1]), residual + 1)
+        return f".up_blocks.{level}." + (f"resnets.{i}." if i < residual else "upsamplers.0.")
+
+    return (*VAE_NAMES, (r"\.upsamples\.(\d+)\.", block))
