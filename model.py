@@ -3,12 +3,14 @@
 Latents are cut into patches; each block lets all tokens of the video attend to each other, then to the prompt, and
 then passes each through a feed-forward layer. `vta.py` tells each sub-layer the noise level of the frame it works on.
 The network predicts the velocity from data to noise, `x1 - x0`. Parameter names are those of the published
-checkpoints, and scalar and vector τ, training and sampling all take the one `forward` below.
+checkpoints, and scalar and vector τ, training and sampling all take the one `forward` below. Blocks that do not fit
+on the device together can visit it one after another: `offload`.
 
     velocity = Wan(config)(x, tau, context)
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -158,6 +160,8 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.visited: torch.device | None = None  # where blocks go for their turn, after `offload`
+        self.courier: torch.cuda.Stream | None = None  # copies them while others compute
 
     def init_weights(self) -> "Wan":
         """What training from scratch starts from: the output layer at zero, so the first guess is zero velocity."""
@@ -177,7 +181,48 @@ class Wan(nn.Module):
         if context.dim() != 3 or context.shape[-1] != self.config.text_dim:
             raise ValueError(f"got a context of {tuple(context.shape)}, expected (B, T, {self.config.text_dim})")
         embedded = self.text_embedding(context.to(self.patch_embedding.weight.dtype))
-        return [block.cross_attn.keys(embedded) for block in self.blocks]
+        return [block.cross_attn.keys(embedded) for block in self._in_turn()]
+
+    def offload(self, device: torch.device | str) -> "Wan":
+        """Keep the blocks in the CPU's memory, and all that is around them on `device`; for sampling only.
+
+        From now on each block is copied to the device for its turn, while the one before it computes: there are never
+        more than two. Results are the same to the bit.
+        """
+        self.visited = torch.device(device)
+        for child in self.children():
+            child.to("cpu" if child is self.blocks else device)
+        if self.visited.type == "cuda":
+            self.courier = torch.cuda.Stream(device)
+            for parameter in self.blocks.parameters():  # only pinned memory is copied while the device computes
+                parameter.data = parameter.data.pin_memory()
+        return self
+
+    def _in_turn(self) -> Iterator[Block]:
+        """The blocks, each of them on the device when it is its turn."""
+        if self.visited is None:
+            yield from self.blocks
+            return
+        arriving = self._fetch(self.blocks[0])
+        for i, block in enumerate(self.blocks):
+            if self.courier:
+                torch.cuda.current_stream(self.visited).wait_stream(self.courier)
+            here = arriving  # which lets go of the copy of the block before
+            arriving = self._fetch(self.blocks[i + 1]) if i + 1 < len(self.blocks) else []
+            at_home = [parameter.data for parameter in block.parameters()]
+            _set(block, here)
+            yield block
+            _set(block, at_home)
+
+    def _fetch(self, block: Block) -> list[Tensor]:
+        """Copies of a block's parameters, on their way to the device."""
+        if self.courier is None:
+            return [parameter.data.to(self.visited, copy=True) for parameter in block.parameters()]
+        # They may get the memory of the block before last, which must have been computed first. The block in between is
+        # called after this, and computes while these are copied.
+        self.courier.wait_stream(torch.cuda.current_stream(self.visited))
+        with torch.cuda.stream(self.courier):
+            return [parameter.data.to(self.visited, non_blocking=True) for parameter in block.parameters()]
 
     def forward(self, x: Tensor, tau: Tensor, context: Tensor | PromptKeys) -> Tensor:
         """The velocity of noisy latents.
@@ -205,12 +250,17 @@ class Wan(nn.Module):
         grid = h.shape[2:]
         h = h.flatten(3).permute(0, 2, 3, 1)  # (B, F, S, D)
         rope = rope_tables(tuple(grid), self.config.dim // self.config.num_heads, x.device)
-        for block, block_keys in zip(self.blocks, keys, strict=True):
+        for block, block_keys in zip(self._in_turn(), keys, strict=True):
             h = block(h, six, rope, block_keys)
         h = self.head(h, t[:, :, None])  # (B, F, S, ph*pw*C)
 
         h = h.unflatten(2, tuple(grid[1:])).unflatten(-1, (ph, pw, -1))  # (B, F, H/2, W/2, ph, pw, C)
         return h.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, frames, H, W).to(x.dtype)
+
+
+def _set(block: Block, values: Iterable[Tensor]) -> None:
+    for parameter, value in zip(block.parameters(), values, strict=True):
+        parameter.data = value
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
 """Sample: make a video by a task of `tasks.py`, on the embedded model or on any Wan text-to-video model.
 
-The task says which latent frames are given and how noisy they stay; the prompt is encoded once; `flow.euler` walks the
-table of noise levels; the VAE turns latents into pixels. Longer videos than the model's are made window by window, each
-conditioned on the latents at the edge of the one before.
+The task says which latent frames are given and how noisy they stay; the text encoder turns the prompt into embeddings;
+`flow.euler` walks the table of noise levels; the VAE turns latents into pixels. Longer videos than the model's are made
+window by window, each conditioned on the edge of the one before.
+
+A run needs the large parts one after another, so each is loaded when it is its turn and gone when the next one comes:
+text encoder, transformer (of two experts, one after the other), VAE. `--offload` is for a transformer that is larger
+than the GPU's memory.
 
     python sample.py --task extend
     python sample.py --task i2v --image start.png --prompt "a red circle moving left" --seed 1
@@ -15,13 +19,16 @@ Beside the video are a filmstrip of what was given and what was generated, and a
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 import checkpoint
@@ -30,10 +37,14 @@ import data
 import flow
 import lora
 import tasks
-from model import PromptKeys, Wan
+import text
+from model import Wan
 from vae import WanVAE
 
 EXAMPLES = Path("clips")
+# What `--preset` puts in place of the model's own settings: LoRAs that distil many steps into few ask for these.
+DISTILLED = {"lightx2v": {"steps": 4, "shift": 5.0, "guidance": 1.0, "guidance_2": None, "strength": 1.0}}
+VAE_BYTES = 2**32  # what encoding or decoding may take, beside weights and video
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,10 @@ class SampleConfig:
     task: str = cli.option("extend", "what to make", choices=tuple(tasks.TASKS))
     model: str = cli.option("checkpoints/tiny", "folder or Hugging Face repository of a Wan text-to-video model")
     lora: tuple[str, ...] | None = cli.option(
-        None, "LoRA as PATH or PATH:STRENGTH; again for more (default: the one in the model's folder)", action="append"
+        None,
+        "LoRAs, each PATH or PATH:STRENGTH; high=PATH or low=PATH is for one expert (default: the model folder's own)",
+        nargs="+",
+        action="extend",
     )
     no_lora: bool = cli.option(False, "run the base model alone")
     prompt: str | None = cli.option(None, "what the video shows (default: the caption beside the clip)")
@@ -55,12 +69,19 @@ class SampleConfig:
     seconds: float | None = cli.option(None, "length in seconds, instead of --frames")
     size: str | None = cli.option(None, "pixels as WxH (default: the model's)")
     fps: float | None = cli.option(None, "frames a second, read and written (default: the model's)")
+    preset: str | None = cli.option(
+        None, "other defaults; lightx2v: 4 steps, guidance 1, shift 5, LoRA strength 1", choices=tuple(DISTILLED)
+    )
     steps: int | None = cli.option(None, "sampling steps K (default: the model's)")
     guidance: float | None = cli.option(None, "guidance scale; 1 runs the model once a step (default: the model's)")
+    guidance_2: float | None = cli.option(None, "two experts: guidance of the low-noise one (default: the model's)")
+    boundary: float | None = cli.option(None, "two experts: sigma under which the low-noise one runs (default: 0.875)")
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
     seed: int = cli.option(0, "seed of the noise")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type of the transformer", choices=("auto", "float32", "bfloat16"))
+    offload: bool = cli.option(False, "keep the weights in the CPU's memory, on the device one block at a time")
+    compile: bool = cli.option(False, "compile the transformer: slow to start, then faster (needs a C++ compiler)")
     out: str | None = cli.option(None, "mp4 or gif file (default: the next free outputs/TASK-NNN.mp4)")
     overwrite: bool = cli.option(False, "replace files that exist")
     dry_run: bool = cli.option(False, "print the tau table, the memory and the time it would take, and stop")
@@ -77,10 +98,15 @@ def resolve(config: SampleConfig) -> SampleConfig:
         kept = {name: getattr(config, name) for name in ("out", "overwrite", "dry_run")}
         return dataclasses.replace(_recorded(config.from_json), **kept)
     preset, task = checkpoint.load_preset(config.model), tasks.TASKS[config.task]
-    fps = preset.fps if config.fps is None else config.fps
+    preset = dataclasses.replace(preset, **DISTILLED.get(config.preset, {}))
+
+    def chosen(given, default):
+        return default if given is None else given
+
+    fps = chosen(config.fps, preset.fps)
     if not 0 < fps < math.inf:
         raise ValueError(f"got --fps {fps}, expected a number above 0, such as 16")
-    frames = preset.frames if config.frames is None else config.frames
+    frames = chosen(config.frames, preset.frames)
     if config.seconds is not None:
         if config.frames is not None or not 0 < config.seconds < math.inf:
             raise ValueError("got --seconds that are not above 0, or --frames as well; expected one of the two")
@@ -94,26 +120,31 @@ def resolve(config: SampleConfig) -> SampleConfig:
     if prompt is None:
         source = (video or (EXAMPLES / "00000.mp4",))[0]
         prompt = _caption(Path(source)) if video or config.task in ("t2v", "stream") else ""
-    loras = config.lora
-    if loras is None and not config.no_lora:
-        own = checkpoint.find_model(config.model) / "lora.safetensors"
-        loras = (f"{own.as_posix()}:{preset.strength:g}",) if own.exists() else ()
     if config.lora and config.no_lora:
         raise ValueError("got --lora and --no-lora, expected one of the two")
+    own = checkpoint.find_model(config.model, parts=()) / "lora.safetensors"
+    loras = chosen(config.lora, () if config.no_lora or not own.exists() else (own.as_posix(),))
+    loras = tuple(f"{entry}:{preset.strength:g}" if _parse_lora(entry)[2] is None else entry for entry in loras)
+    boundary, guidance, guidance_2 = config.boundary, chosen(config.guidance, preset.guidance), config.guidance_2
+    if checkpoint.has_two_experts(config.model):
+        boundary = chosen(boundary, preset.boundary)
+        own_2 = preset.guidance_2 if config.guidance is None else None  # --guidance alone is for both
+        guidance_2 = chosen(guidance_2, chosen(own_2, guidance))
+    elif boundary is not None or guidance_2 is not None or any(_parse_lora(entry)[0] for entry in loras):
+        raise ValueError(
+            f"got --boundary, --guidance-2, or a LoRA for high or low noise, but {config.model} has one transformer, "
+            "not two experts; leave these out"
+        )
     noise = config.noise
     if noise is None and preset.noise is not None and task.noise:
         noise = f"{preset.noise:g}"
     device = cli.pick_device(config.device)
-
-    def chosen(given, default):
-        return default if given is None else given
-
     return dataclasses.replace(
         config,
         prompt=prompt, negative_prompt=chosen(config.negative_prompt, preset.negative_prompt),
-        image=tuple(image or ()), video=tuple(video or ()), at=at, noise=noise, lora=tuple(loras or ()),
+        image=tuple(image or ()), video=tuple(video or ()), at=at, noise=noise, lora=loras,
         frames=frames, seconds=None, fps=fps, size=chosen(config.size, f"{preset.size[0]}x{preset.size[1]}"),
-        steps=chosen(config.steps, preset.steps), guidance=chosen(config.guidance, preset.guidance),
+        steps=chosen(config.steps, preset.steps), guidance=guidance, guidance_2=guidance_2, boundary=boundary,
         shift=chosen(config.shift, preset.shift), device=device,
         dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
     )  # fmt: skip
@@ -181,11 +212,15 @@ def lay_out(config: SampleConfig) -> Job:
         if fresh < 1:
             raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
         made += fresh
-    if not 0 <= config.guidance < math.inf:
-        raise ValueError(f"got guidance {config.guidance}, expected 0 or more; 1 is without guidance")
+    for guidance in (config.guidance, config.guidance_2):
+        if guidance is not None and not 0 <= guidance < math.inf:
+            raise ValueError(f"got guidance {guidance}, expected 0 or more; 1 is without guidance")
+    if config.boundary is not None and not 0 <= config.boundary <= 1:
+        raise ValueError(f"got --boundary {config.boundary}, expected a noise level in [0, 1], such as 0.875")
     taus = []
     for plan in plans:
-        steps = -int(-config.steps // (1 - plan.d.max().item())) if config.steps > 0 else config.steps
+        # A frame takes 1 - d_max of the run. What is above a whole number by rounding alone is not rounded up.
+        steps = math.ceil(config.steps / (1 - plan.d.max().item()) - 1e-6) if config.steps > 0 else config.steps
         taus.append(tasks.tau_schedule(plan.m, steps, config.shift, plan.d))
     return Job(plans, taus, F, carried, backwards)
 
@@ -199,23 +234,49 @@ def _numbers(flag: str, text: str | None, kind: type) -> list | None:
         raise ValueError(f"got --{flag} {text}, expected numbers with commas, as in 0,4,8") from None
 
 
-def load_model(config: SampleConfig) -> checkpoint.Pipeline:
-    """The model of a resolved config with its LoRAs merged, ready to run."""
-    torch.manual_seed(config.seed)
-    pipeline = checkpoint.load_pipeline(config.model, getattr(torch, config.dtype), config.device)
-    for entry in config.lora:
-        path, strength = _split_strength(entry, pipeline.preset.strength)
-        lora.merge(pipeline.transformer, lora.load(path), strength)
-    return pipeline
+def experts(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
+    """Which transformer walks which part of a table (K+1, F), at which guidance: one, or "high" and then "low" noise.
+
+    Of two experts, the low-noise one takes the steps with σ_k < boundary. That σ is the step's own, before multipliers
+    and delays, so all frames change over together, conditions included.
+    """
+    if config.boundary is None:
+        return [("high", config.guidance, taus)]
+    sigma = flow.sigma_schedule(len(taus) - 1, config.shift)
+    high = int((sigma[:-1] >= config.boundary).sum())
+    parts = [("high", config.guidance, taus[: high + 1]), ("low", config.guidance_2, taus[high:])]
+    return [part for part in parts if len(part[2]) > 1]
 
 
-def _split_strength(entry: str, default: float) -> tuple[str, float]:
-    """PATH or PATH:STRENGTH; the colon of `C:\\lora.safetensors` is part of the path."""
-    path, colon, number = entry.rpartition(":")
+def load_expert(config: SampleConfig, expert: str = "high") -> Wan:
+    """A transformer of a resolved config with its LoRAs merged, ready to run; "high" is also the only one."""
+    named = [_parse_lora(entry) for entry in config.lora]
+    loras = [(lora.load(path), strength) for which, path, strength in named if which in ("", expert)]
+    home = "cpu" if config.offload else config.device
+    transformer = checkpoint.load_transformer(config.model, getattr(torch, config.dtype), home, expert=expert)
+    for change, strength in loras:
+        lora.merge(transformer, change, strength)
+    if config.offload:
+        transformer.offload(config.device)
+    if config.compile:
+        for block in transformer.blocks:  # they are alike, so one is compiled
+            block.compile(dynamic=False)
+    return transformer
+
+
+def _parse_lora(entry: str) -> tuple[str, str, float | None]:
+    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH].
+
+    The colon of `C:\\lora.safetensors` is part of the path.
+    """
+    expert, mark, rest = entry.partition("=")
+    if not mark or expert not in ("high", "low"):
+        expert, rest = "", entry
+    path, colon, number = rest.rpartition(":")
     try:
-        return (path, float(number)) if colon else (entry, default)
+        return (expert, path, float(number)) if colon else (expert, rest, None)
     except ValueError:
-        return entry, default
+        return expert, rest, None
 
 
 def read_inputs(config: SampleConfig) -> dict[str, list[Tensor]]:
@@ -236,8 +297,34 @@ def read_inputs(config: SampleConfig) -> dict[str, list[Tensor]]:
 
 
 @torch.no_grad()
+def encode_prompts(config: SampleConfig) -> tuple[Tensor, Tensor]:
+    """Embeddings (1, T, text_dim) of the prompt and of the negative one, on the device.
+
+    Each prompt is encoded once ever: what comes of it is kept in $NANOPUSA_CACHE, or ~/.cache/nanopusa. Only for one
+    that is not there the encoder is loaded, and it is gone when this returns.
+    """
+    device = "cpu" if config.offload else config.device
+    tokenizer = checkpoint.load_tokenizer(config.model)
+    encoder = cache(lambda: checkpoint.load_text_encoder(config.model, getattr(torch, config.dtype), device))
+
+    def embed(prompts: list[str]) -> Tensor:
+        context = text.embed(tokenizer, encoder(), prompts)
+        return context[:, context.any(-1)[0]]  # what is past the prompt's end is zero, and need not be kept
+
+    # Another device, or type, gives other bits.
+    name = f"{checkpoint.text_fingerprint(config.model)} {config.dtype} {torch.device(device).type}"
+    folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
+    prompts = [config.prompt, config.negative_prompt]
+    positive, negative = (
+        functional.pad(context, (0, 0, 0, tokenizer.text_len - len(context)))[None].to(config.device)
+        for context in data.cached_embeddings(prompts, embed, name, folder)
+    )
+    return positive, negative
+
+
+@torch.no_grad()
 def generate(
-    pipeline: checkpoint.Pipeline,
+    vae: WanVAE,
     config: SampleConfig,
     job: Job,
     inputs: dict[str, list[Tensor]],
@@ -245,23 +332,33 @@ def generate(
 ) -> Tensor:
     """The latents (1, 16, F, H, W), fp32, of a run that `resolve` and `lay_out` have prepared.
 
-    `on_step(k, z)` is called after each step of every window.
+    Text encoder and transformers are loaded here, one at a time, and gone at the end. `on_step(k, z)` is called after
+    each step of every window and expert.
     """
     width, height = cli.parse_size(config.size)
-    velocity = guided_velocity(pipeline, [config.prompt], config.negative_prompt, config.guidance)
+    channels = checkpoint.load_config(config.model).in_dim
+    positive, negative = encode_prompts(config)
+    loaded: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}  # velocity of the expert whose turn it is
+
+    def velocity(expert: str, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
+        if expert not in loaded:
+            loaded.clear()
+            loaded[expert] = guided_velocity(load_expert(config, expert), positive, negative, guidance)
+        return loaded[expert]
+
     generator = torch.Generator().manual_seed(config.seed)
     made = None
     for plan, taus in zip(job.plans, job.taus, strict=True):
-        shape = (1, pipeline.transformer.config.in_dim, len(plan.m), height // 8, width // 8)
+        shape = (1, channels, len(plan.m), height // 8, width // 8)
         x1 = torch.randn(shape, generator=generator).to(config.device)
         if made is None:
-            x0 = conditions(pipeline.vae, plan, inputs, x1)
+            x0 = conditions(vae, plan, inputs, x1)
         else:
             x0 = torch.zeros_like(x1)
-            # Towards the past, the first latent of a window, a lone frame, has no place in the middle of a video.
-            edge = made[:, :, 1 : 1 + job.carried] if job.backwards else made[:, :, -job.carried :]
-            x0[:, :, list(plan.given[0].positions)] = edge
-        z = flow.euler(velocity, flow.interpolate(x0, x1, taus[:1].to(config.device)), taus, on_step)
+            x0[:, :, list(plan.given[0].positions)] = edge(vae, made, job, len(plan.m))
+        z = flow.interpolate(x0, x1, taus[:1].to(config.device))
+        for expert, guidance, part in experts(config, taus):
+            z = flow.euler(velocity(expert, guidance), z, part, on_step)
         if made is None:
             made = z
         elif job.backwards:
@@ -274,6 +371,25 @@ def generate(
     return made[:, :, : job.F]
 
 
+def edge(vae: WanVAE, made: Tensor, job: Job, window: int) -> Tensor:
+    """The latents (1, 16, carried, H, W) that the next window, of `window` latents, takes over from those made so far.
+
+    All that was ever trained on begins with a lone frame, and with latents that know of nothing before it; none in the
+    middle of a video are like that. So the older half of what is taken over is decoded, and encoded again as the start
+    of a clip. The newer half hardly depends on that and stays as it is: if all went through pixels, colours would drift
+    from window to window.
+    """
+    if job.backwards:  # at the end of a window there is no such difference; only the lone frame has no place there
+        return made[:, :, 1 : 1 + job.carried]
+    older = (job.carried + 1) // 2
+    newer = made[:, :, made.shape[2] - job.carried + older :]
+    past = made[:, :, max(0, made.shape[2] - window) : made.shape[2] - newer.shape[2]]
+    _, _, F, H, W = past.shape
+    sizes = _pieces(F, 8 * W, 8 * H)
+    pixels = vae.decode(past, *sizes)[:, :, -tasks.pixel_frames(older) :]
+    return torch.cat([vae.encode(pixels, *sizes).to(made.dtype), newer], dim=2)
+
+
 @torch.no_grad()
 def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], like: Tensor) -> Tensor:
     """The latents of everything that is given, at their places in zeros shaped `like` (B, 16, F, H, W).
@@ -284,49 +400,48 @@ def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], l
     x0 = torch.zeros_like(like)
     for slot in plan.given:
         pixels = tasks.cut(slot, inputs[slot.source][slot.index]).to(like.device)
-        latents = vae.encode(pixels, _chunk(tasks.latent_frames(slot.frames), *pixels.shape[:-3:-1]))
+        latents = vae.encode(pixels, *_pieces(tasks.latent_frames(slot.frames), *pixels.shape[:-3:-1]))
         x0[:, :, list(slot.positions)] = latents[:, :, slot.drop :].to(like.dtype)
     return x0
 
 
 @torch.no_grad()
 def guided_velocity(
-    pipeline: checkpoint.Pipeline, prompts: list[str], negative_prompt: str, guidance: float
+    transformer: Wan, positive: Tensor, negative: Tensor, guidance: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """velocity(z, tau) for B prompts, led away from the negative one: v = v_neg + guidance · (v_pos - v_neg).
+    """velocity(z, tau) for B prompts, led away from the negative ones: v = v_neg + guidance · (v_pos - v_neg).
 
-    Prompts are encoded, and their keys and values computed, here and once. Guidance 1 runs the model once a step.
+    positive, negative: the prompts' embeddings, (B, T, text_dim), whose keys and values are computed here and once.
+    Guidance 1 runs the model once a step.
     """
-    transformer: Wan = pipeline.transformer
-    device = next(transformer.parameters()).device
-
-    def keys(texts: list[str]) -> PromptKeys:
-        ids, mask = pipeline.tokenizer(texts)
-        return transformer.prompt_keys(pipeline.text_encoder(ids.to(device), mask.to(device)))
-
-    positive = keys(prompts)
-    negative = keys([negative_prompt] * len(prompts)) if guidance != 1 else None
+    keys = transformer.prompt_keys(positive)
+    keys_away = transformer.prompt_keys(negative) if guidance != 1 else None
 
     def velocity(z: Tensor, tau: Tensor) -> Tensor:
-        v = transformer(z, tau, positive)
-        if negative is None:
+        v = transformer(z, tau, keys)
+        if keys_away is None:
             return v
-        away = transformer(z, tau, negative)
+        away = transformer(z, tau, keys_away)
         return away + guidance * (v - away)
 
     return velocity
 
 
+@torch.no_grad()
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
-    """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W), one latent at a time if it is large."""
+    """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W), piecewise if it is large."""
     _, _, F, H, W = latents.shape
-    with torch.no_grad():
-        return vae.decode(latents, _chunk(F, 8 * W, 8 * H))[0].float().cpu()
+    return vae.decode(latents, *_pieces(F, 8 * W, 8 * H))[0].float().cpu()
 
 
-def _chunk(F: int, width: int, height: int) -> int | None:
-    """How many latent frames the VAE takes at a time: all of them (None) if that needs less than 2 GiB, else one."""
-    return None if _decoding_bytes(F, width, height) < 2**31 else 1
+def _pieces(F: int, width: int, height: int) -> tuple[int | None, int | None]:
+    """How many latent frames the VAE takes at a time, and pixels a side: all (None) as long as `VAE_BYTES` suffice.
+
+    By the size alone, not by the memory that is free, so that a run gives the same bits wherever it is repeated.
+    """
+    if _decoding_bytes(F, width, height) < VAE_BYTES:
+        return None, None
+    return 1, None if _decoding_bytes(2, width, height) < VAE_BYTES else 512
 
 
 def _decoding_bytes(F: int, width: int, height: int) -> int:
@@ -344,15 +459,14 @@ def given_frames(job: Job) -> list[bool]:
 
 
 def estimate(config: SampleConfig, job: Job) -> str:
-    """Memory and time of a run, from the model's sizes and a quarter of a second of matrix products."""
-    transformer_config = checkpoint.load_config(config.model)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in Wan(transformer_config).parameters())
+    """Memory and time of a run, from the sizes of the model's parts and a quarter of a second of matrix products."""
     dtype, (width, height) = getattr(torch, config.dtype), cli.parse_size(config.size)
-    F, D = len(job.plans[0].m), transformer_config.dim
+    wan, vae, encoder = checkpoint.outline(config.model)
+    weights, layers, F, D = _count(wan), len(wan.blocks), len(job.plans[0].m), wan.config.dim
     tokens = F * (width // 16) * (height // 16)
-    passes = sum(len(taus) - 1 for taus in job.taus) * (1 if config.guidance == 1 else 2)
-    flops = passes * (2 * weights * tokens + 4 * transformer_config.num_layers * tokens**2 * D)
+    parts = [part for taus in job.taus for part in experts(config, taus)]
+    passes = sum((len(taus) - 1) * (1 if guidance == 1 else 2) for _, guidance, taus in parts)
+    flops = passes * (2 * weights * tokens + 4 * layers * tokens**2 * D)
 
     a = torch.ones(512, 512, dtype=dtype, device=config.device)
     a @ a
@@ -363,16 +477,28 @@ def estimate(config: SampleConfig, job: Job) -> str:
     speed = done * 2 * 512**3 / (time.perf_counter() - start)
 
     size = dtype.itemsize
-    activations = tokens * (8 * D + transformer_config.ffn_dim) * size
-    chunk = _chunk(job.F, width, height)
-    decoding = _decoding_bytes(job.F if chunk is None else chunk + 1, width, height)
-    memory = weights * size + max(activations, decoding)
+    chunk, tile = _pieces(job.F, width, height)
+    video = 3 * 4 * tasks.pixel_frames(job.F) * width * height
+    part = _decoding_bytes(chunk + 1 if chunk else job.F, *((tile, tile) if tile else (width, height)))
+    prompts = 2 * 2 * layers * wan.config.text_len * D * size
+    around = 4 * _count(vae) + prompts + tokens * (8 * D + wan.config.ffn_dim) * size
+    visiting = weights - _count(wan.blocks) + 2 * _count(wan.blocks[0])
+    decoding = 4 * _count(vae) + video + part
+
+    def gib(*stages: float) -> str:
+        named = zip(("text encoder", "transformer", "VAE"), stages, strict=True)
+        return ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in named)
+
     return (
         f"{passes} passes of {weights / 1e6:.1f} M parameters over {tokens} tokens\n"
-        f"memory: about {memory / 2**30:.2f} GiB (weights {weights * size / 2**30:.2f}, "
-        f"denoising {activations / 2**30:.2f}, decoding {decoding / 2**30:.2f})\n"
+        f"memory, one after another: {gib(size * _count(encoder), size * weights + around, decoding)}\n"
+        f"with --offload, on the device: {gib(0, size * visiting + around, decoding)}\n"
         f"time: about {2 * flops / speed:.0f} s of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
     )
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def outputs(config: SampleConfig) -> dict[str, Path]:
@@ -406,8 +532,10 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     inputs = read_inputs(config)
     for slot in job.plans[0].given:
         tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
-    pipeline = load_model(config)
-    print(f"{config.task}: {config.prompt!r}", file=sys.stderr)
+    for _, path, _ in map(_parse_lora, config.lora):
+        if not Path(path).is_file():
+            raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
+    vae = checkpoint.load_vae(checkpoint.find_model(config.model), device=config.device)
     progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
     states: list[Tensor] = []
 
@@ -416,19 +544,19 @@ def sample(config: SampleConfig) -> dict[str, Path]:
         if config.plot and len(states) < len(job.taus[0]) - 1:
             states.append(z)
 
-    latents = generate(pipeline, config, job, inputs, on_step)
-    video, title = decode(pipeline.vae, latents), f"{config.task}: {config.prompt}"
+    latents = generate(vae, config, job, inputs, on_step)
+    video, title = decode(vae, latents), f"{config.task}: {config.prompt}"
     data.write_video(files["video"], video, config.fps)
     data.save_image(files["filmstrip"], data.filmstrip([(title, video)], marks=[given_frames(job)]))
     if config.plot:
         data.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, config.task))
-        rows = [(f"after step {k + 1}", decode(pipeline.vae, z)) for k, z in enumerate(states)]
+        rows = [(f"after step {k + 1}", decode(vae, z)) for k, z in enumerate(states)]
         data.save_image(files["denoising"], data.filmstrip(rows, height=48))
     settings = dataclasses.replace(config, out=str(files["video"]), overwrite=False)
-    record = {"settings": dataclasses.asdict(settings), "torch": torch.__version__, "model": pipeline.name}
+    record = {"settings": dataclasses.asdict(settings), "torch": torch.__version__}
     with cli.replacing(files["settings"]) as path:
         path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{time.monotonic() - started:.1f} s", file=sys.stderr)
+    print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
     for path in files.values():
         print(path)
     return files

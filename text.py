@@ -220,6 +220,13 @@ class Tokenizer:
         return ids, torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
 
 
+def embed(tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: list[str]) -> Tensor:
+    """What the transformer attends to: B prompts → (B,text_len,dim), on the encoder's device."""
+    ids, mask = tokenizer(prompts)
+    device = encoder.token_embedding.weight.device
+    return encoder(ids.to(device), mask.to(device))
+
+
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizers.Tokenizer:
     """A word a token, lower case, punctuation apart: for the closed vocabulary of a small model.
 

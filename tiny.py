@@ -194,7 +194,9 @@ def generate(
     known = tasks.pixel_frames(plan.given[0].positions[-1] + 1) if name == "extend" else truth.shape[2]
     inputs = {"image": ends, "head": [truth], "tail": [truth[:, :, :known]]}
     x0 = sample.conditions(pipeline.vae, plan, inputs, x1)
-    velocity = sample.guided_velocity(pipeline, [s.caption for s in scenes], PRESET.negative_prompt, PRESET.guidance)
+    prompts, negative = [scene.caption for scene in scenes], [PRESET.negative_prompt] * len(scenes)
+    contexts = [text.embed(pipeline.tokenizer, pipeline.text_encoder, texts) for texts in (prompts, negative)]
+    velocity = sample.guided_velocity(pipeline.transformer, *contexts, PRESET.guidance)
     return pipeline.vae.decode(flow.euler(velocity, flow.interpolate(x0, x1, taus[:1]), taus)).float()
 
 

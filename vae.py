@@ -3,12 +3,16 @@
 The first pixel frame becomes the first latent frame alone, and every further group of four pixel frames becomes one
 more, so `N = 4(F-1) + 1`. Every convolution in time is padded on the side of the past only. That makes two passes
 equal: the whole sequence at once (`past=None`, convolutions pad with zeros), and chunk by chunk, where `past` remembers
-the last frames that each convolution saw. Parameter names are those of the published `Wan2.1_VAE.pth`.
+the last frames that each convolution saw. A large frame can also be cut into tiles, which overlap and are blended:
+close to the whole, not equal to it, as a tile does not see what lies around it. Parameter names are those of the
+published `Wan2.1_VAE.pth`.
 
-    latents = vae.encode(video)          # (B, 3, N, 8H, 8W) in [-1, 1] -> (B, 16, F, H, W)
-    video = vae.decode(latents, chunk=4) # the same numbers, in less memory
+    latents = vae.encode(video)                     # (B, 3, N, 8H, 8W) in [-1, 1] -> (B, 16, F, H, W)
+    video = vae.decode(latents, chunk=4)            # the same numbers, in less memory
+    video = vae.decode(latents, chunk=1, tile=512)  # nearly the same, in the same memory whatever the frame
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -197,12 +201,13 @@ class WanVAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
 
-    def encode(self, video: Tensor, chunk: int | None = None) -> Tensor:
+    def encode(self, video: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
         """Normalised latents, the posterior's mean, in the weights' dtype.
 
         Args:
             video: (B, 3, N, 8H, 8W) in [-1, 1], with N = 4(F-1) + 1.
             chunk: latent frames at a time; None is the whole sequence at once.
+            tile: pixels that a part of the frame is at most wide and high, 32 or more; None is the whole frame.
         Returns: (B, 16, F, H, W).
         """
         N, height, width = video.shape[2:]
@@ -210,6 +215,8 @@ class WanVAE(nn.Module):
             raise ValueError(f"a video of {N} frames cannot be encoded: expected 4k+1 frames, such as {N // 4 * 4 + 1}")
         if height % 8 or width % 8:
             raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both must be multiples of 8")
+        if tile is not None:
+            return _tiled(lambda part: self.encode(part, chunk), video, tile, 8, 1)
         video = video.to(self.conv1.weight.dtype)
         size = N if chunk is None else 4 * chunk
         past = None if chunk is None else {}
@@ -219,11 +226,13 @@ class WanVAE(nn.Module):
         mean, std = self._statistics(video)
         return (torch.cat(pieces, dim=2) - mean) / std
 
-    def decode(self, latents: Tensor, chunk: int | None = None) -> Tensor:
+    def decode(self, latents: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
         """The video of normalised latents (B, 16, F, H, W): (B, 3, N, 8H, 8W), clamped to [-1, 1].
 
-        `chunk` is the number of latent frames at a time; None is the whole sequence at once.
+        `chunk` and `tile` as in `encode`.
         """
+        if tile is not None:
+            return _tiled(lambda part: self.decode(part, chunk), latents, tile, 1, 8)
         latents = latents.to(self.conv2.weight.dtype)
         mean, std = self._statistics(latents)
         past = None if chunk is None else {}
@@ -245,6 +254,48 @@ class WanVAE(nn.Module):
         shape = (1, -1, 1, 1, 1)
         mean, std = (torch.tensor(v) for v in (self.config.latents_mean, self.config.latents_std))
         return mean.to(like).view(shape), std.to(like).view(shape)
+
+
+def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, before: int, after: int) -> Tensor:
+    """run(x) put together from parts of the frame, each at most `tile` pixels wide and high.
+
+    A latent is `before` elements of x wide, and `after` of run(x). Neighbours overlap by a quarter of a tile, and over
+    that width one fades into the other linearly.
+    """
+    if tile < 32:
+        raise ValueError(f"got tiles of {tile} pixels, expected at least 32: a quarter of a tile is blended")
+    rows, columns = (_spans(length // before, tile // 8) for length in x.shape[-2:])
+    if len(rows) == len(columns) == 1:
+        return run(x)
+    total = weight = None
+    for top, bottom in rows:
+        for left, right in columns:
+            part = run(x[..., top * before : bottom * before, left * before : right * before])
+            if total is None:
+                height, width = rows[-1][1] * after, columns[-1][1] * after
+                total = torch.zeros(*part.shape[:-2], height, width, device=part.device)
+                weight = torch.zeros(height, width, device=part.device)
+            fade = tile // 32 * after
+            down, across = (_fade(length, fade).to(part.device) for length in part.shape[-2:])
+            place = (..., slice(top * after, bottom * after), slice(left * after, right * after))
+            total[place] += part * (down[:, None] * across)
+            weight[place] += down[:, None] * across
+    return total.div_(weight).to(part.dtype)
+
+
+def _spans(length: int, tile: int) -> list[tuple[int, int]]:
+    """(first, last + 1) of the fewest tiles that cover `length` latents, of one size and evenly spaced."""
+    overlap = tile // 4
+    count = max(1, -(-(length - overlap) // (tile - overlap)))
+    size = -(-(length + (count - 1) * overlap) // count)
+    starts = [i * (length - size) // max(1, count - 1) for i in range(count)]
+    return [(start, start + size) for start in starts]
+
+
+def _fade(length: int, fade: int) -> Tensor:
+    """The weight of each row of a tile: 1 inside, falling linearly over the outer `fade` of both ends."""
+    inwards = torch.arange(length) + 0.5
+    return (torch.minimum(inwards, length - inwards) / fade).clamp(max=1)
 
 
 def _middle(dim: int) -> nn.ModuleList:

@@ -8,6 +8,14 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """Prompts that tests encode are not kept in the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOPUSA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -238,6 +238,53 @@ def test_rope_by_hand():
     assert model.rotate(x.bfloat16(), (cos, sin)).dtype == torch.bfloat16
 
 
+# Offloading
+
+
+def test_offloaded_blocks_compute_the_same_to_the_bit(wan, golden):
+    inputs = golden["x"], golden["tau"], golden["context"]
+    velocity, keys = wan(*inputs), wan.prompt_keys(golden["context"])
+    assert wan.offload("cpu") is wan
+    for _ in range(2):
+        assert torch.equal(wan(*inputs), velocity)
+    for ours, theirs in zip(wan.prompt_keys(golden["context"]), keys, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_an_offloaded_block_leaves_home_only_for_its_turn():
+    wan = _small(num_layers=4).requires_grad_(False).offload("cpu")
+    home = [[parameter.data_ptr() for parameter in block.parameters()] for block in wan.blocks]
+    seen = []
+
+    def look(block, _):
+        away = [
+            [p.data_ptr() != at for p, at in zip(block.parameters(), places, strict=True)]
+            for block, places in zip(wan.blocks, home, strict=True)
+        ]
+        assert all(len(set(parts)) == 1 for parts in away), "a block goes whole"
+        seen.append([parts[0] for parts in away])
+
+    for block in wan.blocks:
+        block.register_forward_pre_hook(look)
+    wan(torch.randn(1, 16, 2, 4, 4), torch.rand(1, 2), torch.randn(1, 6, 10))
+    assert seen == [[i == j for j in range(4)] for i in range(4)]
+    assert [[parameter.data_ptr() for parameter in block.parameters()] for block in wan.blocks] == home
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_holds_two_blocks_of_an_offloaded_model():
+    wan = _small(dim=512, ffn_dim=2048, num_heads=4, num_layers=16).requires_grad_(False)
+    inputs = [x.cuda() for x in (torch.randn(1, 16, 2, 4, 4), torch.rand(1, 2), torch.randn(1, 6, 10))]
+    block = sum(parameter.nbytes for parameter in wan.blocks[0].parameters())
+    wan.offload("cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    velocity = [wan(*inputs) for _ in range(3)][-1]
+    assert torch.cuda.max_memory_allocated() - before < 3 * block
+    wan.visited = None
+    assert torch.equal(wan.cuda()(*inputs), velocity)
+
+
 # Training
 
 

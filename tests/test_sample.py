@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import flow
 import lora
 import sample
 import tasks
+import text
 from model import Wan
 from sample import SampleConfig
 from text import UMT5Encoder
@@ -58,7 +61,7 @@ def _latents(model, task, inputs=None, **changes):
     config = sample.resolve(SampleConfig(task=task, model=str(model), dtype="float32", **changes))
     job = sample.lay_out(config)
     inputs = sample.read_inputs(config) if inputs is None else inputs
-    return sample.generate(sample.load_model(config), config, job, inputs)
+    return sample.generate(checkpoint.load_vae(model), config, job, inputs)
 
 
 # Every task.
@@ -129,7 +132,7 @@ def test_what_is_left_open_is_written_down(run, model, tmp_path):
     assert run("--task", "extend").status == 0
     settings = _settings(tmp_path / "out" / "a.json")
     open_still = {name for name, value in settings.items() if value is None}
-    assert open_still == {"seconds", "at", "from_json"}
+    assert open_still == {"seconds", "at", "from_json", "preset", "boundary", "guidance_2"}
     assert settings["lora"] == [f"{(model / 'lora.safetensors').as_posix()}:1"]
     chosen = ("size", "frames", "steps", "shift", "guidance", "noise", "fps")
     assert [settings[name] for name in chosen] == ["32x32", FRAMES, 3, 3.0, 2.0, "0", 16.0]
@@ -177,8 +180,9 @@ def test_plot_writes_both_pictures(run, made, tmp_path):
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """How often the transformer, its prompt keys and the text encoder were run."""
+def calls(monkeypatch, tmp_path):
+    """How often the transformer, its prompt keys and the text encoder were run; no prompt is known yet."""
+    monkeypatch.setenv("NANOPUSA_CACHE", str(tmp_path / "cache"))
     counts = {"forward": 0, "prompt_keys": 0, "encoder": 0}
     count(monkeypatch, counts, Wan, "forward", "forward")
     count(monkeypatch, counts, Wan, "prompt_keys", "prompt_keys")
@@ -193,7 +197,7 @@ def test_guidance_runs_the_transformer_twice_a_step_and_encodes_prompts_once(run
 
 def test_guidance_1_runs_the_transformer_once_a_step(run, calls):
     assert run("--task", "t2v", "--steps", 5, "--guidance", 1).status == 0
-    assert calls == {"forward": 5, "prompt_keys": 1, "encoder": 1}
+    assert calls == {"forward": 5, "prompt_keys": 1, "encoder": 2}
 
 
 def test_a_long_video_encodes_its_prompts_once(run, calls):
@@ -206,18 +210,18 @@ def test_guidance_is_linear_in_the_scale(model):
     pipeline = checkpoint.load_pipeline(model, torch.float32)
     generator = torch.Generator().manual_seed(0)
     z, tau = torch.randn(2, 16, 3, 4, 4, generator=generator), torch.rand(2, 3, generator=generator)
-    prompts, negative = ["a red circle", "a blue square"], "a white triangle"
+    embed = partial(text.embed, pipeline.tokenizer, pipeline.text_encoder)
+    prompts, negative = embed(["a red circle", "a blue square"]), embed(["a white triangle"] * 2)
 
     def velocity(scale):
-        return sample.guided_velocity(pipeline, prompts, negative, scale)(z, tau)
+        return sample.guided_velocity(pipeline.transformer, prompts, negative, scale)(z, tau)
 
     plain, away = velocity(1), velocity(0)
     assert (plain - away).abs().max() > 1e-3
     torch.testing.assert_close(velocity(3), away + 3 * (plain - away))
-    alone = sample.guided_velocity(pipeline, prompts[1:], negative, 3)(z[1:], tau[1:])
+    alone = sample.guided_velocity(pipeline.transformer, prompts[1:], negative[1:], 3)(z[1:], tau[1:])
     torch.testing.assert_close(velocity(3)[1:], alone)
-    context = pipeline.text_encoder(*pipeline.tokenizer(prompts))
-    torch.testing.assert_close(plain, pipeline.transformer(z, tau, context))
+    torch.testing.assert_close(plain, pipeline.transformer(z, tau, prompts))
 
 
 # What a condition sees, and what becomes of it.
@@ -250,9 +254,9 @@ def test_frames_that_a_task_hides_change_nothing(task, hidden, model, clips):
 @pytest.mark.parametrize("task", ["i2v", "start-end", "extend", "prepend", "complete", "transition", "keyframes"])
 def test_clean_conditions_are_kept_to_the_bit(task, model):
     config = sample.resolve(SampleConfig(task=task, model=str(model), dtype="float32"))
-    job, inputs, pipeline = sample.lay_out(config), sample.read_inputs(config), sample.load_model(config)
-    latents = sample.generate(pipeline, config, job, inputs)
-    x0 = sample.conditions(pipeline.vae, job.plans[0], inputs, latents)
+    job, inputs, vae = sample.lay_out(config), sample.read_inputs(config), checkpoint.load_vae(model)
+    latents = sample.generate(vae, config, job, inputs)
+    x0 = sample.conditions(vae, job.plans[0], inputs, latents)
     given = [position for slot in job.plans[0].given for position in slot.positions]
     assert given and torch.equal(latents[:, :, given], x0[:, :, given])
     free = [i for i in range(7) if i not in given]
@@ -290,13 +294,16 @@ def test_a_long_video_goes_on_from_the_latents_before(task, clip, frames, model,
     assert latents.shape == (1, 16, F, 4, 4) and latents.isfinite().all()
     made = windows[0][1]
     assert len(windows) == 1 + -(-(F - 7) // 3)
+    vae = checkpoint.load_vae(model)
     if clip:
         config = sample.resolve(SampleConfig(task=task, model=str(model), frames=frames, **flags))
-        vae = checkpoint.load_vae(model)
         x0 = sample.conditions(vae, sample.lay_out(config).plans[0], sample.read_inputs(config), made)
         assert torch.equal(latents[:, :, :4], x0[:, :, :4]), "the first window keeps what it is given"
     for start, end in windows[1:]:
-        assert torch.equal(start[:, :, :4], made[:, :, -4:]) and torch.equal(end[:, :, :4], start[:, :, :4])
+        # The newer half as it is; the older half anew, as a window begins with the latent of a lone frame.
+        pixels = vae.decode(made[:, :, -7:])[:, :, -13:]
+        assert torch.equal(start[:, :, 2:4], made[:, :, -2:]) and torch.equal(end[:, :, :4], start[:, :, :4])
+        torch.testing.assert_close(start[:, :, :2], vae.encode(pixels[:, :, :5]))
         assert not torch.equal(end[:, :, 4:], windows[0][1][:, :, 4:]), "each window has its own noise"
         made = torch.cat([made, end[:, :, 4:]], dim=2)
     assert torch.equal(latents, made[:, :, :F])
@@ -359,7 +366,7 @@ def test_loras_add_up(model, tmp_path):
     for path, pairs in zip(paths, (one, other), strict=True):
         lora.save(path, pairs)
     flags = {"lora": (f"{paths[0]}:0.5", f"{paths[1]}:-0.25"), "model": str(model), "dtype": "float32"}
-    merged = sample.load_model(sample.resolve(SampleConfig(task="t2v", **flags))).transformer
+    merged = sample.load_expert(sample.resolve(SampleConfig(task="t2v", **flags)))
     for name, (A, B, _) in one.items():
         expected = base.get_submodule(name).weight + 0.5 * B @ A - 0.25 * other[name][1] @ other[name][0]
         torch.testing.assert_close(merged.get_submodule(name).weight, expected)
@@ -376,6 +383,276 @@ def test_a_colon_may_be_part_of_a_path(model, tmp_path):
     own = _latents(model, "t2v")
     assert torch.equal(_latents(model, "t2v", lora=(str(folder / "a.safetensors"),)), own)
     assert torch.equal(_latents(model, "t2v", lora=(f"{folder / 'a.safetensors'}:1.0",)), own)
+
+
+def test_several_loras_in_one_run(run, model, tmp_path):
+    lora.save(tmp_path / "one.safetensors", random_lora(checkpoint.load_transformer(model), seed=2))
+    one, own = f"{tmp_path / 'one.safetensors'}:0.5", str(model / "lora.safetensors")
+    for name, loras in (("a", ["--lora", one, "--lora", own]), ("b", ["--lora", one, own]), ("c", ["--lora", one])):
+        assert run("--task", "t2v", *loras, out=f"{name}.mp4").status == 0
+    a, b, c = ((tmp_path / "out" / f"{name}.mp4").read_bytes() for name in "abc")
+    assert a == b != c
+    assert _settings(tmp_path / "out" / "a.json")["lora"] == [one, f"{own}:1"]
+
+
+# Memory: what is loaded when, and kept.
+
+
+@pytest.fixture
+def alive(monkeypatch):
+    """For each part that is loaded: its name and which of those before it were still there."""
+    parts, loads = {}, []
+
+    def watched(name, load):
+        def loading(*arguments, **settings):
+            loads.append((name, {other for other, part in parts.items() if part() is not None}))
+            part = load(*arguments, **settings)
+            parts[name] = weakref.ref(part)
+            return part
+
+        return loading
+
+    for name in ("load_text_encoder", "load_vae"):
+        monkeypatch.setattr(checkpoint, name, watched(name, getattr(checkpoint, name)))
+    one, decode = checkpoint.load_transformer, sample.decode
+
+    def transformer(*arguments, expert):
+        return watched(expert, partial(one, expert=expert))(*arguments)
+
+    def decoded(vae, latents):
+        loads.append(("decode", {other for other, part in parts.items() if part() is not None}))
+        return decode(vae, latents)
+
+    monkeypatch.setattr(checkpoint, "load_transformer", transformer)
+    monkeypatch.setattr(sample, "decode", decoded)
+    return loads
+
+
+def test_only_the_part_whose_turn_it_is_is_in_memory(run, calls, alive):
+    assert run("--task", "i2v").status == 0
+    assert alive == [
+        ("load_vae", set()),
+        ("load_text_encoder", {"load_vae"}),
+        ("high", {"load_vae"}),
+        ("decode", {"load_vae"}),
+    ]
+
+
+def test_a_prompt_is_encoded_once_ever(run, calls, alive, model, tmp_path):
+    def encoded(*flags, of=model):
+        before = len([name for name, _ in alive if name == "load_text_encoder"]), calls["encoder"]
+        assert run("--task", "t2v", "--steps", 1, "--model", of, "--overwrite", *flags).status == 0
+        return len([name for name, _ in alive if name == "load_text_encoder"]) - before[0], calls["encoder"] - before[1]
+
+    assert encoded() == (1, 2)
+    first = (tmp_path / "out" / "a.mp4").read_bytes()
+    assert encoded() == (0, 0) and (tmp_path / "out" / "a.mp4").read_bytes() == first, "the same bits as the first time"
+    assert encoded("--prompt", "a red circle") == (1, 1), "a new prompt, but the negative one is known"
+    assert encoded("--dtype", "bfloat16") == (1, 2)
+    other = shutil.copytree(model, tmp_path / "other")
+    assert encoded(of=other) == (1, 2), "another encoder"
+    path = other / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    save_file({name: tensor * 2 for name, tensor in state.items()}, path)
+    assert encoded(of=other) == (1, 2), "another one at the same place"
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == 9 and all(load_file(file)["tensor"].shape[0] < 32 for file in files), "without the padding"
+
+
+def test_offload_gives_the_same_video(run, tmp_path):
+    for name, flags in (("a.mp4", []), ("b.mp4", ["--offload"])):
+        assert run("--task", "i2v", *flags, out=name).status == 0
+    assert (tmp_path / "out" / "a.mp4").read_bytes() == (tmp_path / "out" / "b.mp4").read_bytes()
+    assert _settings(tmp_path / "out" / "b.json")["offload"]
+
+
+def test_offload_leaves_the_weights_to_the_cpu(run, alive, calls, monkeypatch):
+    devices = []
+    monkeypatch.setattr(Wan, "offload", lambda self, device: devices.append(device))
+    assert run("--task", "t2v", "--offload", "--steps", 1).status == 0
+    assert devices == ["cpu"]
+
+
+def test_compile_compiles_every_block(run, monkeypatch, tmp_path):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **settings: compiled.append(type(self).__name__))
+    assert run("--task", "t2v", "--compile", "--steps", 1).status == 0
+    assert compiled == ["Block", "Block"]
+
+
+def test_a_large_frame_goes_through_the_vae_in_pieces(model, monkeypatch):
+    assert sample._pieces(9, 64, 64) == (None, None)
+    assert sample._pieces(21, 832, 480) == (1, None)
+    assert sample._pieces(21, 1280, 720) == (1, 512)
+    for F, size in ((21, (1280, 720)), (1, (4096, 4096)), (200, (832, 480)), (9, (64, 64))):
+        chunk, tile = sample._pieces(F, *size)
+        assert sample._decoding_bytes(chunk + 1 if chunk else F, *((tile, tile) if tile else size)) <= sample.VAE_BYTES
+    config = sample.resolve(SampleConfig(task="i2v", model=str(model), dtype="float32", size="64x64", frames=9))
+    job, vae, widths = sample.lay_out(config), checkpoint.load_vae(model), {"encoder": set(), "decoder": set()}
+    monkeypatch.setattr(sample, "_pieces", lambda F, width, height: (1, 32))
+    for name, seen in widths.items():
+        conv = getattr(vae, name).conv1
+        conv.register_forward_pre_hook(lambda _, x, seen=seen: seen.add(x[0].shape[-1]))
+    video = sample.decode(vae, sample.generate(vae, config, job, sample.read_inputs(config)))
+    assert widths == {"encoder": {16}, "decoder": {4}} and video.shape == (3, 9, 64, 64)  # it folds pixels 2x2
+
+
+def test_dry_run_tells_the_memory_of_each_stage_from_configs_alone(run, made, model, tmp_path):
+    """Weights would not be as many as the configs say: they are not there at all."""
+    large = tmp_path / "large"
+    shutil.copytree(model, large, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part, sizes in (("transformer", {"num_layers": 50}), ("text_encoder", {"d_ff": 320000})):
+        path = large / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+    result = run("--task", "t2v", "--dry-run", "--model", large)
+    assert result.status == 0, result.err
+    wan, vae, encoder = (sum(p.numel() for p in part.parameters()) for part in checkpoint.outline(large))
+    whole, offloaded = (line for line in result.out.splitlines() if "text encoder" in line)
+    figures = [[float(part.split()[-2]) for part in line.split(",")[-3:]] for line in (whole, offloaded)]
+    assert figures[0][0] == pytest.approx(4 * encoder / 2**30, abs=0.01) and figures[1][0] == 0
+    assert figures[0][1] >= round(4 * wan / 2**30, 2) > figures[1][1], "two of 50 blocks"
+    assert figures[0][2] == figures[1][2] > 0
+    assert made() == []
+
+
+# Two experts.
+
+
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):
+    """The model with a second transformer for low noise, whose velocity is the first one's times -1."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("two") / "model")
+    shutil.copytree(folder / "transformer", folder / "transformer_2")
+    path = folder / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    save_file({name: -tensor if name.startswith("proj_out") else tensor for name, tensor in state.items()}, path)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer_2"] = index["transformer"]
+    (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": 0.875}))
+    return folder
+
+
+@pytest.fixture
+def walked(monkeypatch):
+    """Of each part of a walk, the steps that it takes."""
+    steps, euler = [], flow.euler
+
+    def spy(velocity, z, taus, on_step=None):
+        steps.append(len(taus) - 1)
+        return euler(velocity, z, taus, on_step)
+
+    monkeypatch.setattr(flow, "euler", spy)
+    return steps
+
+
+@pytest.mark.parametrize(
+    "flags, steps",
+    [
+        (["--steps", 30, "--shift", 5], [13, 17]),
+        (["--steps", 4, "--shift", 5], [2, 2]),
+        (["--steps", 4, "--shift", 5, "--boundary", 0.9375], [2, 2]),
+        (["--steps", 4, "--shift", 5, "--boundary", 0.94], [1, 3]),
+        (["--steps", 4, "--boundary", 0], [4]),
+        (["--steps", 4, "--task", "i2v", "--noise", "0.3", "--shift", 5], [2, 2]),
+        (["--steps", 4, "--task", "stream", "--shift", 5], [3, 4]),  # of 7, as the last frame lags behind the first
+    ],
+)
+def test_the_low_noise_expert_takes_the_steps_below_the_boundary(flags, steps, run, two, walked):
+    result = run(
+        "--task", "t2v", "--model", two, "--frames", 5 if "stream" not in flags else 25, "--guidance", 1, *flags
+    )
+    assert result.status == 0, result.err
+    assert walked == steps
+
+
+def test_each_expert_takes_its_own_guidance_and_loras(run, two, model, calls, tmp_path):
+    lora.save(tmp_path / "one.safetensors", random_lora(checkpoint.load_transformer(model), seed=2))
+    one, own = tmp_path / "one.safetensors", model / "lora.safetensors"
+    flags = ["--task", "t2v", "--model", two, "--steps", 4, "--shift", 5, "--boundary", 0.9, "--guidance-2", 1]
+    assert run(*flags, "--lora", f"high={one}:0.5", f"low={own}", f"{one}:0.25").status == 0
+    assert calls["forward"] == 2 * 2 + 2
+    settings = _settings(tmp_path / "out" / "a.json")
+    assert settings["lora"] == [f"high={one}:0.5", f"low={own}:1", f"{one}:0.25"]
+    assert (settings["guidance"], settings["guidance_2"], settings["boundary"]) == (2.0, 1.0, 0.9)
+
+    config = sample.resolve(SampleConfig(model=str(two), dtype="float32", lora=tuple(settings["lora"])))
+    change, other = (lora.load(path)["blocks.0.ffn.0"] for path in (one, own))
+    base = checkpoint.load_transformer(model).blocks[0].ffn[0].weight
+    high, low = (sample.load_expert(config, expert).blocks[0].ffn[0].weight for expert in ("high", "low"))
+    torch.testing.assert_close(high, base + 0.75 * change[1] @ change[0])
+    torch.testing.assert_close(low, base + 0.25 * change[1] @ change[0] + other[1] @ other[0])
+
+
+def test_guidance_of_the_experts_comes_from_the_preset_or_is_one_for_both(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "guided")
+    preset = dataclasses.replace(checkpoint.load_preset(folder), guidance=4.0, guidance_2=3.0, boundary=0.5)
+    checkpoint.save_preset(folder, preset)
+
+    def guidances(**flags):
+        config = sample.resolve(SampleConfig(task="t2v", model=str(folder), **flags))
+        return config.guidance, config.guidance_2, config.boundary
+
+    assert guidances() == (4, 3, 0.5)
+    assert guidances(guidance=2.0) == (2, 2, 0.5)
+    assert guidances(guidance_2=2.0, boundary=0.9) == (4, 2, 0.9)
+    assert guidances(preset="lightx2v") == (1, 1, 0.5)
+    again = sample.resolve(SampleConfig(task="t2v", model=str(folder)))
+    assert sample.resolve(again) == again
+
+
+def test_experts_are_in_memory_one_at_a_time(run, two, alive, calls):
+    assert run("--task", "extend", "--model", two, "--steps", 4, "--shift", 5, "--frames", 37, "--offload").status == 0
+    experts = [(name, others) for name, others in alive if name in ("high", "low", "decode")]
+    assert [name for name, _ in experts] == ["high", "low", "high", "low", "decode"]
+    assert all(others == {"load_vae"} for _, others in experts)
+
+
+def test_a_run_of_two_experts_repeats_to_the_bit(run, two, tmp_path):
+    assert run("--task", "i2v", "--model", two, "--steps", 4, "--shift", 5).status == 0
+    assert call(sample, "--from-json", tmp_path / "out" / "a.json", "--out", tmp_path / "out" / "b.mp4").status == 0
+    assert (tmp_path / "out" / "a.mp4").read_bytes() == (tmp_path / "out" / "b.mp4").read_bytes()
+
+
+def test_a_folder_as_the_authors_publish_wan_2_2(run, model, tmp_path, walked):
+    """Two folders of transformers, and pickled files with neither config nor preset."""
+    folder, wan = tmp_path / "original", checkpoint.load_transformer(model)
+    for expert in ("high", "low"):
+        part = folder / f"{expert}_noise_model"
+        part.mkdir(parents=True)
+        (part / "config.json").write_text(json.dumps(dataclasses.asdict(wan.config)))
+        save_file(wan.state_dict(), part / "diffusion_pytorch_model.safetensors")
+    torch.save(checkpoint.load_vae(model).state_dict(), folder / checkpoint.VAE_FILE)
+    torch.save(checkpoint.load_text_encoder(model).state_dict(), folder / checkpoint.TEXT_FILE)
+    shutil.copytree(model / "tokenizer", folder / "google" / "umt5-xxl")
+    flags = ["--task", "i2v", "--model", folder, "--size", "32x32", "--frames", 9, "--lora"]
+    flags += [f"{expert}={model / 'lora.safetensors'}:{strength}" for expert, strength in (("high", 1.5), ("low", 1.4))]
+    result = run(*flags, "--preset", "lightx2v")
+    assert result.status == 0, result.err
+    assert walked == [2, 2]
+    assert "text encoder 21.16 GiB" in run(*flags, "--dry-run").out  # that of umT5-XXL in fp32: nothing says otherwise
+
+
+# Presets.
+
+
+def test_lightx2v_is_four_steps_without_guidance(run, model, tmp_path, calls):
+    own = model / "lora.safetensors"
+    assert run("--task", "t2v", "--preset", "lightx2v", "--lora", own, f"{own}:1.4").status == 0
+    settings = _settings(tmp_path / "out" / "a.json")
+    assert [settings[name] for name in ("steps", "shift", "guidance")] == [4, 5.0, 1.0]
+    assert settings["lora"] == [f"{own}:1", f"{own}:1.4"]
+    assert calls["forward"] == 4
+    job = sample.lay_out(sample.resolve(SampleConfig(task="t2v", model=str(model), preset="lightx2v")))
+    torch.testing.assert_close(job.taus[0][:, 0], torch.tensor([1, 0.9375, 5 / 6, 0.625, 0]), rtol=0, atol=1e-7)
+
+
+def test_what_is_given_wins_over_a_preset(run, tmp_path):
+    flags = ["--task", "t2v", "--preset", "lightx2v", "--steps", 2, "--guidance", 1.5, "--shift", 3]
+    assert run(*flags).status == 0
+    settings = _settings(tmp_path / "out" / "a.json")
+    assert [settings[name] for name in ("steps", "shift", "guidance")] == [2, 3.0, 1.5]
 
 
 # Mistakes.
@@ -430,13 +707,19 @@ def test_a_colon_may_be_part_of_a_path(model, tmp_path):
         ("--task t2v --lora none.safetensors --no-lora", ["--lora and --no-lora", "one of the two"]),
         ("--task t2v --lora MODEL/lora.safetensors:nan", ["strength nan"]),
         ("--task t2v --lora TEXT:1", ["text.mp4", ".safetensors"]),
+        ("--task t2v --boundary 0.9", ["--boundary", "one transformer", "leave"]),
+        ("--task t2v --guidance-2 3", ["--guidance-2", "one transformer", "leave"]),
+        ("--task t2v --lora high=MODEL/lora.safetensors", ["LoRA for high", "one transformer", "leave"]),
+        ("--task t2v --model TWO --boundary 1.5", ["got --boundary 1.5", "[0, 1]"]),
+        ("--task t2v --model TWO --guidance-2 -1", ["got guidance -1", "0 or more"]),
+        ("--task t2v --model TWO --lora low=none.safetensors", ["no LoRA file at none.safetensors"]),
         ("--task t2v --device nonsense", ["got --device nonsense"]),
         ("--task t2v --out OUT/a.avi", ["a.avi", ".mp4 or .gif"]),
         ("--task t2v --model none", ["got none as a model", "expected a folder"]),
     ],
 )
-def test_a_mistake_is_one_sentence_and_writes_nothing(flags, words, run, made, model, clips, tmp_path):
-    places = {"CLIP": clips / "00000.mp4", "MODEL": model, "OUT": tmp_path / "out"}
+def test_a_mistake_is_one_sentence_and_writes_nothing(flags, words, run, made, model, two, clips, tmp_path):
+    places = {"CLIP": clips / "00000.mp4", "MODEL": model, "TWO": two, "OUT": tmp_path / "out"}
     if "TEXT" in flags:
         (tmp_path / "text.mp4").write_text("no video at all")
         places["TEXT"] = tmp_path / "text.mp4"

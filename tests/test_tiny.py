@@ -81,8 +81,8 @@ def test_diffusers_makes_the_same_video(pipe):
             model=str(MODEL), no_lora=True, dtype="float32", device="cpu", seed=5,
         )
     )  # fmt: skip
-    ours = sample.load_model(config)
-    video = ours.vae.decode(sample.generate(ours, config, sample.lay_out(config), {}))
+    vae = checkpoint.load_vae(MODEL)
+    video = vae.decode(sample.generate(vae, config, sample.lay_out(config), {}))
     x1 = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
     frames = pipe(
         prompt=config.prompt, negative_prompt=config.negative_prompt, guidance_scale=3.0, num_inference_steps=4,

@@ -1,6 +1,7 @@
-"""vae.py: encoder and decoder against the published ones' numbers; chunks equal the whole; the past alone is seen."""
+"""vae.py: the published ones' numbers; chunks equal the whole, and tiles come near it; the past alone is seen."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import checkpoint
+import world
 from vae import VAEConfig, WanVAE
 
 GOLDEN = Path(__file__).parent / "golden" / "vae.safetensors"
@@ -130,6 +133,90 @@ def test_chunks_remember_the_past_only_in_small_copies(vae):
         run(chunk, past)
         kept = [tensor for tensor in past.values() if isinstance(tensor, torch.Tensor)]
         assert len(kept) > 10 and all(t.shape[2] <= 2 and t.untyped_storage().nbytes() == t.nbytes for t in kept)
+
+
+# Tiles
+
+
+@torch.no_grad()
+def _local(vae):
+    """The same VAE without attention and without a look at what is outside of a latent's 8x8 pixels."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d | torch.nn.Conv2d) and module.kernel_size[-1] == 3:
+            # Halving looks at pixels 0, 1 and 2, of which 2 is the neighbour's; the others look to both sides.
+            outside = [2] if module.stride[-1] == 2 else [0, 2]
+            module.weight[..., outside, :] = module.weight[..., :, outside] = 0
+            module.weight.mul_(3)  # the few that are left must do, or all would be grey
+    for part in (vae.encoder, vae.decoder):
+        part.middle[1].proj.weight.zero_()
+    return vae
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("tile, size", [(32, (72, 40)), (64, (120, 16)), (48, (88, 56))])
+def test_tiles_equal_the_whole_where_nothing_looks_beyond_them(chunk, tile, size):
+    vae = _local(_small(dim_mult=(1, 1, 1, 1)))
+    video = _video(5, *size)
+    latents = vae.encode(video)
+    assert _error(vae.encode(video, chunk, tile), latents) < 1e-5
+    latents = torch.randn_like(latents) * 10
+    pixels = vae.decode(latents)
+    assert latents.flatten(3).std(-1).mean() > 1e-2 and pixels.flatten(3).std(-1).mean() > 1e-2, "not all grey"
+    assert _error(vae.decode(latents, chunk, tile), pixels) < 1e-5
+
+
+@pytest.mark.parametrize("tile", [32, 64])
+def test_no_tile_is_larger_than_asked(tile):
+    vae = _small()
+    seen = []
+    for part in (vae.encoder, vae.decoder):
+        part.conv1.register_forward_pre_hook(lambda module, x: seen.append((module, *x[0].shape[-2:])))
+    vae.encode(_video(1, 40, 136), tile=tile)
+    vae.decode(torch.randn(1, 16, 1, 5, 17), tile=tile)
+    pixels, latents = ([size for module, *size in seen if module is part.conv1] for part in (vae.encoder, vae.decoder))
+    assert len(pixels) == len(latents) > 2
+    assert [[8 * side for side in size] for size in latents] == pixels
+    assert max(side for size in pixels for side in size) <= tile
+
+
+def test_a_tile_as_large_as_the_frame_changes_nothing(vae, golden):
+    latents = vae.encode(golden["video"])
+    assert torch.equal(vae.encode(golden["video"], tile=40), latents)
+    assert torch.equal(vae.decode(latents, tile=40), vae.decode(latents))
+
+
+def test_tiles_show_no_seam():
+    """Random weights see further than trained ones, so tiles differ from the whole: but nowhere all of a sudden."""
+    vae = _small()
+    latents = torch.randn(1, 16, 1, 4, 16)
+    whole = vae.decode(latents)
+
+    def sharpest(video):
+        step = (video - whole).diff(dim=-1).abs().mean((0, 1, 2, 3))  # from one column of pixels to the next
+        return (step.max() / step.mean()).item()
+
+    halves = torch.cat([vae.decode(latents[..., :8]), vae.decode(latents[..., 8:])], dim=-1)
+    assert sharpest(vae.decode(latents, tile=64)) < 2.5 < 3.5 < sharpest(halves)
+
+
+@torch.no_grad()
+def test_tiles_of_the_embedded_vae_cost_less_than_a_decibel():
+    vae = checkpoint.load_vae("checkpoints/tiny")
+    clips = [world.render(scene, 1) for scene in world.scenes(4, seed=1)]
+    video = torch.cat([torch.cat(clips[:2], dim=-1), torch.cat(clips[2:], dim=-1)], dim=-2)[None]  # 128x128
+
+    def decibels(result):
+        square = (result - video).square()
+        return [10 * math.log10(4 / part.mean().item()) for part in (square, square[..., 40:88], square[..., 40:88, :])]
+
+    whole = decibels(vae.decode(vae.encode(video)))
+    tiled = decibels(vae.decode(vae.encode(video, 1, 64), 1, 64))
+    assert all(b > a - 1 for a, b in zip(whole, tiled, strict=True)), (whole, tiled)
+
+
+def test_tiles_that_are_too_small_are_refused(vae):
+    with pytest.raises(ValueError, match="got tiles of 24 pixels, expected at least 32"):
+        vae.decode(torch.zeros(1, 16, 1, 9, 9), tile=24)
 
 
 # Causality
