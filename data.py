@@ -4,17 +4,25 @@ A clip is a media file with a caption. In memory a video is a float32 tensor (3,
 only here, H and W count pixels. What the frozen VAE and text encoder make of a clip never changes during training, so
 it is computed once and kept in a folder of safetensors files, each named by a hash of everything it depends on.
 
+For training, a clip of any size, length and frame rate is brought to the model's frame rate, cut into windows of N
+frames, and scaled to a size near its own shape; windows of one size are a bucket, and a batch is drawn from one bucket.
+
     python train.py --data clips/        # reads captions and clips through this file
 """
 
 import csv
 import hashlib
 import json
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -23,7 +31,7 @@ import torch.nn.functional as functional
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import cli
 
@@ -43,39 +51,87 @@ class Clip:
     caption: str
 
 
-def find_clips(folder: Path | str) -> list[Clip]:
-    """Every captioned clip or image of a folder, sorted by path.
+class Source(NamedTuple):
+    """A clip that can be trained on."""
 
-    `metadata.jsonl`, or else `metadata.csv`, is the list of clips where there is one; otherwise the list is every
-    media file in the folder and in its `train/`. A caption that the list lacks is read from the `.txt` beside the clip.
+    clip: Clip
+    size: tuple[int, int]  # width and height in pixels to scale it to
+    windows: int  # that it can be cut into
+
+
+class Skipped(NamedTuple):
+    """A clip that cannot be trained on."""
+
+    path: Path
+    reason: str
+
+
+def find_clips(folder: Path | str) -> list[Clip]:
+    """Every clip or image of a folder with its caption, sorted by path; "" where there is none.
+
+    `metadata.jsonl`, or else `metadata.csv`, or else `videos.txt` with `prompts.txt` or `prompt.txt` line by line, is
+    the list of clips where there is one; otherwise the list is every media file in the folder and in its `train/`.
+    Listed clips are looked for in the same two places. A caption that the list lacks is read from the `.txt` beside
+    the clip.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: expected one with clips and their captions")
     clips = []
     for name, caption in _listed(folder):
-        path = next((place / name for place in (folder, folder / "train") if (place / name).is_file()), None)
-        if path is None:
-            raise ValueError(f"the metadata of {folder} names {name}, expected it in {folder} or {folder / 'train'}")
+        places = (folder / name, folder / "train" / name)
+        path = next((place for place in places if place.is_file()), places[0])
         sidecar = path.with_suffix(".txt")
         if not caption and sidecar.is_file():
             caption = sidecar.read_text(encoding="utf-8-sig")
         clips.append(Clip(path, " ".join(caption.split())))
     if not clips:
         raise ValueError(f"{folder} holds no clips: expected such as a.mp4 with its caption in a.txt or metadata.csv")
-    clips.sort(key=lambda clip: (clip.path.as_posix(), clip.caption))
-    silent = [clip.path for clip in clips if not clip.caption]
-    if silent:
-        raise ValueError(
-            f"{len(silent)} of {len(clips)} clips in {folder} have no caption, the first is {silent[0].name}: "
-            f"write one in {silent[0].with_suffix('.txt').name} beside it, or in metadata.csv"
-        )
-    return clips
+    return sorted(clips, key=lambda clip: (clip.path.as_posix(), clip.caption))
+
+
+def survey(
+    clips: Sequence[Clip], size: tuple[int, int], frames: int, fps: float, buckets: bool = True
+) -> tuple[list[Source], list[Skipped]]:
+    """Sort clips into those that give at least one window of `frames` frames at `fps`, and the others with the reason.
+
+    `size` is (width, height) in pixels: that of every window, or with `buckets` the one whose area others keep.
+    Nothing but the first picture is decoded, so damage further in shows only when the clip is encoded.
+    """
+    sources, skipped = [], []
+    for clip in clips:
+        try:
+            if not clip.path.is_file():
+                raise ValueError("no such file")
+            if not clip.caption:
+                raise ValueError(f"no caption: write one in {clip.path.with_suffix('.txt').name} beside it")
+            width, height, length = probe(clip.path, fps)
+            if length < frames:
+                raise ValueError(f"too short: {length} frames at {fps:g} fps, expected {frames}")
+            sources.append(Source(clip, bucket(width, height, size) if buckets else size, length // frames))
+        except ValueError as error:
+            skipped.append(_skipped(clip, error))
+    return sources, skipped
+
+
+def _skipped(clip: Clip, error: ValueError) -> Skipped:
+    return Skipped(clip.path, str(error).removeprefix(f"{clip.path} "))
+
+
+def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The size (W, H) for a clip of width x height: about the area of `size`, about the clip's shape, multiples of 16.
+
+    Shapes go in steps of 4/3 from that of `size`: from 16:9 they are 4:3, 1:1, 3:4 and 9:16, or nearly so.
+    """
+    W, H = size
+    steps = round(math.log((width / height) / (W / H)) / math.log(4 / 3))
+    stretch = (4 / 3) ** (steps / 2)
+    return 16 * max(1, round(W * stretch / 16)), 16 * max(1, round(H / stretch / 16))
 
 
 def _listed(folder: Path) -> list[tuple[str, str]]:
     """(file name, caption or "") of everything that the folder offers."""
-    jsonl, table = folder / "metadata.jsonl", folder / "metadata.csv"
+    jsonl, table, videos = (folder / name for name in ("metadata.jsonl", "metadata.csv", "videos.txt"))
     if jsonl.is_file():
         lines = enumerate(jsonl.read_text(encoding="utf-8-sig").splitlines(), 1)
         return [_row(line, f"{jsonl}, line {number}") for number, line in lines if line.strip()]
@@ -83,6 +139,14 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
         with open(table, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             return [_row(row, f"{table}, line {reader.line_num}") for row in reader]
+    if videos.is_file():
+        prompts = next((path for path in (folder / "prompts.txt", folder / "prompt.txt") if path.is_file()), None)
+        if prompts is None:
+            raise ValueError(f"{folder} has videos.txt and no prompts.txt, expected a caption in it for each line")
+        names, captions = (path.read_text(encoding="utf-8-sig").strip().splitlines() for path in (videos, prompts))
+        if len(names) != len(captions):
+            raise ValueError(f"{videos} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
+        return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
     suffixes = VIDEO_SUFFIXES + IMAGE_SUFFIXES
     media = [path for place in (folder, folder / "train") if place.is_dir() for path in place.iterdir()]
     media = [path for path in media if path.suffix.lower() in suffixes and not path.name.startswith(".")]
@@ -122,12 +186,9 @@ def read_video(
     path = Path(path)
     if frames is not None and frames < 1 or fps is not None and fps <= 0 or start < 0:
         raise ValueError(f"got {frames} frames at {fps} fps from {start} s, expected positive numbers")
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        decoded, rate = [read_image(path, size)] if start == 0 else [], fps
-    else:
-        decoded, rate = _decode(path, size, fps, frames, start)
+    decoded = list(islice(_pictures(path, size, fps, start), frames))
     if len(decoded) < (frames or 1):
-        at = f" ({len(decoded) / rate:.2f} s at {rate:g} fps)" if rate else ""
+        at = f" at {fps:g} fps" if fps else ""
         raise ValueError(
             f"{path} has {len(decoded)} frames from {start:g} s on{at}, expected {frames or 'at least 1'}: "
             "choose a longer clip or ask for fewer frames"
@@ -135,29 +196,73 @@ def read_video(
     return torch.stack(decoded, dim=1)
 
 
-def _decode(path: Path, size, fps: float | None, frames: int | None, start: float) -> tuple[list[Tensor], float]:
-    """The frames wanted, each (3, H, W), and how many a second they are."""
-    decoded, latest = [], None
+def read_windows(path: Path | str, size: tuple[int, int], fps: float, frames: int) -> Iterator[Tensor]:
+    """A clip cut from its start into windows (3, N, H, W) of N = `frames`; a rest that fills none is left out.
+
+    `size` and `fps` as in `read_video`. One window is in memory at a time.
+    """
+    pictures = _pictures(Path(path), size, fps, 0)
+    while len(window := list(islice(pictures, frames))) == frames:
+        yield torch.stack(window, dim=1)
+
+
+def probe(path: Path | str, fps: float) -> tuple[int, int, int]:
+    """Width and height of a clip, upright, and how many frames it has at `fps`, without decoding more than one.
+
+    The number is that of `read_video` where the packets of the file tell the truth about their times.
+    ValueError if the file cannot be read.
+    """
+    path = Path(path)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return *read_image(path).shape[:0:-1], 1
+    picture, first, end = None, None, Fraction(0)
+    with _opened(path) as (container, stream):
+        usual = 1 / (stream.average_rate or Fraction(25))
+        for packet in container.demux(stream):
+            picture = picture or next(iter(packet.decode()), None)
+            if packet.size == 0 or packet.is_discard:
+                continue
+            tick = packet.dts if packet.pts is None else packet.pts
+            time = end if tick is None else tick * packet.time_base
+            first = time if first is None else min(first, time)
+            end = max(end, time + (packet.duration * packet.time_base if packet.duration else usual))
+    if picture is None:
+        raise ValueError(f"{path} cannot be read as a video (it has no pictures): expected a file that FFmpeg reads")
+    width, height = picture.width, picture.height
+    if round(picture.rotation / 90) % 2:
+        width, height = height, width
+    return width, height, max(1, math.floor((end - first) * Fraction(fps) + Fraction(1, 2)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple]:
+    """(container, video stream) of a file; what goes wrong while it is open is a ValueError that names it."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video stream: expected a video or an image")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            rate = float(fps or stream.average_rate or 25)
-            for frame in _pick(_timed(container, stream), fps, Fraction(start)):
-                if frame is not latest:  # a frame that is shown twice is converted once
-                    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", interpolation=_SWSCALE))
-                    # Phones store an upright picture sideways, and how many degrees to turn it anticlockwise.
-                    pixels = torch.rot90(pixels, round(frame.rotation / 90)).permute(2, 0, 1)  # (3, H, W)
-                    image, latest = _from_bytes(pixels, size), frame
-                decoded.append(image)
-                if len(decoded) == frames:
-                    break
+            container.streams.video[0].thread_type = "AUTO"
+            yield container, container.streams.video[0]
     except av.FFmpegError as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read as a video ({reason}): expected a file that FFmpeg reads") from error
-    return decoded, rate
+
+
+def _pictures(path: Path, size, fps: float | None, start: float) -> Iterator[Tensor]:
+    """The frames wanted, each (3, H, W), decoded as they are asked for."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        if start == 0:
+            yield read_image(path, size)
+        return
+    latest = image = None
+    with _opened(path) as (container, stream):
+        for frame in _pick(_timed(container, stream), fps, Fraction(start)):
+            if frame is not latest:  # a frame that is shown twice is converted once
+                pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", interpolation=_SWSCALE))
+                # Phones store an upright picture sideways, and how many degrees to turn it anticlockwise.
+                pixels = torch.rot90(pixels, round(frame.rotation / 90)).permute(2, 0, 1)  # (3, H, W)
+                image, latest = _from_bytes(pixels, size), frame
+            yield image
 
 
 def _timed(container, stream) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
@@ -335,34 +440,45 @@ def filmstrip(
     return sheet
 
 
-def cached_latents(
-    clips: Sequence[Clip],
-    size: tuple[int, int],
-    frames: int,
-    fps: float | None,
-    vae,
-    vae_name: str,
-    cache: Path | str,
-    start: float = 0.0,
-) -> list[Tensor]:
-    """The latents (16, F, H, W) of each clip, fp32 on the CPU; only those not yet in the folder `cache` are encoded.
-
-    `size`, `frames`, `fps` and `start` as in `read_video`; `vae_name` must differ where the weights do.
-    """
-    weight = next(vae.parameters())
-
-    def encode(clip: Clip) -> Tensor:
-        video = read_video(clip.path, size, fps, frames, start)
-        return vae.encode(video[None].to(weight))[0]
-
+def latent_keys(sources: Sequence[Source], frames: int, fps: float, encoder_name: str) -> list[str]:
+    """What names the latents of each clip: its content, size and cut, and the encoder, but not its file name."""
     keys = []
-    for clip in clips:
+    for source in sources:
         content = hashlib.sha256()
-        with open(clip.path, "rb") as file:
+        with open(source.clip.path, "rb") as file:
             while block := file.read(1 << 20):
                 content.update(block)
-        keys.append(_key(content.hexdigest(), list(size), frames, fps and float(fps), float(start), vae_name))
-    return _cached(clips, keys, encode, cache, "encoding clips")
+        keys.append(_key(content.hexdigest(), list(source.size), frames, float(fps), encoder_name))
+    return keys
+
+
+def cached_latents(
+    sources: Sequence[Source],
+    keys: Sequence[str],
+    frames: int,
+    fps: float,
+    encode: Callable[[Tensor], Tensor],
+    cache: Path | str,
+) -> tuple[list[Tensor | None], list[Skipped]]:
+    """The latents of each clip, (windows, 16, F, H, W), fp32 on the CPU; only those not yet in `cache` are encoded.
+
+    `encode` maps one window (1, 3, N, H, W) to (1, 16, F, H, W). A clip that turns out to be damaged or shorter than it
+    said gives None, and the reason.
+    """
+    skipped = []
+
+    def windows(source: Source) -> Tensor | None:
+        try:
+            pieces = read_windows(source.clip.path, source.size, fps, frames)
+            latents = [encode(piece[None])[0].float().cpu() for piece in pieces]
+            if not latents:
+                raise ValueError(f"too short: fewer than {frames} frames at {fps:g} fps")
+        except ValueError as error:
+            skipped.append(_skipped(source.clip, error))
+            return None
+        return torch.stack(latents)
+
+    return _cached(sources, keys, windows, cache, "encoding clips"), skipped
 
 
 def cached_embeddings(
@@ -376,14 +492,30 @@ def cached_embeddings(
     return _cached(prompts, keys, lambda prompt: embed([prompt])[0], cache, "encoding prompts")
 
 
+def fingerprint(model: nn.Module) -> str:
+    """A name for a model's weights and config, so that what another model made is never taken for this one's.
+
+    Of large tensors every so many values are hashed: 5.7 billion would take a minute, and training changes them all.
+    """
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 65536)].cpu().contiguous()
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _key(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _cached(items: Sequence, keys: Sequence[str], compute: Callable, cache: Path | str, label: str) -> list[Tensor]:
-    """compute(item) of each item: read from the file that its key names, or else computed and written there.
+def _cached(
+    items: Sequence, keys: Sequence[str], compute: Callable, cache: Path | str, label: str
+) -> list[Tensor | None]:
+    """compute(item) of each item: read from the file that its key names, or else computed and, unless None, written.
 
-    What is returned is mapped from the files, not held in memory, so a dataset may be larger than the memory.
+    What is returned is mapped from the files, not held in memory, so a dataset may be larger than the memory. Files
+    appear whole or not at all, and equal keys mean equal content, so several runs may share a folder.
     """
     paths = [Path(cache) / f"{key}.safetensors" for key in keys]
     known, missing = {}, {}
@@ -395,9 +527,42 @@ def _cached(items: Sequence, keys: Sequence[str], compute: Callable, cache: Path
     progress = cli.Progress(len(missing), label)
     for path, item in missing.items():
         with torch.no_grad():
-            tensor = compute(item).float().cpu().contiguous()
-        with cli.replacing(path) as temporary:
-            save_file({"tensor": tensor}, temporary)
-        known[path] = load_file(path)["tensor"]
+            tensor = compute(item)
+        if tensor is not None:
+            with cli.replacing(path) as temporary:
+                save_file({"tensor": tensor.float().cpu().contiguous()}, temporary)
+            tensor = load_file(path)["tensor"]
+        known[path] = tensor
         progress.step()
     return [known[path] for path in paths]
+
+
+def by_shape(latents: Sequence[Tensor], indices: Sequence[int]) -> list[list[int]]:
+    """The indices in buckets, of which each has latents of one shape."""
+    buckets: dict[torch.Size, list[int]] = {}
+    for index in indices:
+        buckets.setdefault(latents[index].shape, []).append(index)
+    return list(buckets.values())
+
+
+def batch_of(step: int, batch: int, buckets: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """The `batch` members of one bucket that training step `step` sees; they follow from the arguments alone.
+
+    Each bucket is gone through in epochs, each in a new order. Of as many steps as there are members in all, every
+    bucket gets as many as it has members, so all members are seen equally often.
+    """
+    ends = torch.tensor([len(members) for members in buckets]).cumsum(0)
+    lap, turn = divmod(step, ends[-1].item())
+    turns = torch.bucketize(_order(seed, lap, ends[-1].item()), ends, right=True)  # the bucket of each step of this lap
+    members = buckets[turns[turn]]
+    before = lap * len(members) + (turns[:turn] == turns[turn]).sum().item()  # earlier steps of this bucket
+    picked = []
+    for position in range(before * batch, (before + 1) * batch):
+        epoch, place = divmod(position, len(members))
+        picked.append(members[_order(seed, epoch, len(members))[place]])
+    return picked
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, epoch: int, total: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

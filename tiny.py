@@ -26,6 +26,7 @@ import tasks
 import text
 import world
 from model import Wan, WanConfig
+from resume import newest_state
 from train import TrainConfig, train
 from vae import VAEConfig, WanVAE
 
@@ -101,7 +102,7 @@ def grow(config: TinyConfig) -> None:
 def train_or_resume(config: TrainConfig, result: Path) -> Path:
     if result.exists():
         return result
-    return train(dataclasses.replace(config, resume=(Path(config.out) / "state.pt").exists()))
+    return train(dataclasses.replace(config, resume=newest_state(config.out) is not None))
 
 
 @torch.no_grad()

@@ -5,9 +5,11 @@ velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddin
 
     python train.py --data clips/                                    a Pusa LoRA on the embedded model, in minutes
     python train.py --data clips/ --full --from-scratch --p-async 0  text-to-video pretraining
+    python train.py --data clips/ --rank 512 --dry-run               what a run would see and need
 
-A step depends on the seed and its own number alone, so a run that was stopped goes on with `--resume` as if it had not
-been. Everything is written to `runs/NAME/`.
+A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
+`--resume` as if it had not been: on one machine with the same number of threads, its LoRA is the same to the byte.
+Everything is written to `runs/NAME/`; `report.py` makes a page of it.
 """
 
 import dataclasses
@@ -17,19 +19,24 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 import cli
 import data
 import flow
 import lora
+import report
+import resume
+import sample
 import tasks
+from model import Wan
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,18 @@ class TrainConfig:
     data: str = cli.option("clips", "folder of clips with captions")
     model: str = cli.option("checkpoints/tiny", "base model: folder or Hugging Face repository")
     out: str = cli.option("runs/pusa", "folder of this run")
-    size: str | None = cli.option(None, "pixels as WxH (default: the model's own)")
-    frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's own)")
+    cache: str | None = cli.option(None, "folder of latents and embeddings (default: .cache in --data)")
+    strict: bool = cli.option(False, "stop if any clip cannot be used, instead of going on without it")
+    size: str | None = cli.option(None, "pixels as WxH (default: the model's own); other shapes get as many in theirs")
+    buckets: bool = cli.option(True, "keep the shape of each clip; --no-buckets crops all to --size")
+    frames: int | None = cli.option(None, "pixel frames N = 4k+1 of a window (default: the model's own)")
     rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B")
     alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)")
     lr: float = cli.option(1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B")
     steps: int = cli.option(300, "optimizer steps")
-    batch: int = cli.option(8, "clips a step")
+    batch: int = cli.option(8, "windows a step")
+    accumulate: int = cli.option(1, "parts that a step's batch is taken in, one after another, to save memory")
+    gradient_checkpointing: bool = cli.option(False, "compute each block again in the backward pass, to save memory")
     p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level")
     shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's")
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
@@ -52,128 +64,108 @@ class TrainConfig:
     from_scratch: bool = cli.option(False, "with --full: start from random weights, and train the text encoder too")
     muon: bool = cli.option(False, "with --full: train the blocks' matrices by Muon, faster from scratch than AdamW")
     save_every: int = cli.option(200, "steps between saves of the training state")
+    keep: int = cli.option(2, "how many of the last states to keep")
     val_every: int = cli.option(100, "steps between validations")
     sample_every: int = cli.option(0, "steps between filmstrips of a fixed seed; 0: only at the end")
-    resume: bool = cli.option(False, "go on from the state in --out")
+    resume: bool = cli.option(False, "go on from the last state in --out")
+    dry_run: bool = cli.option(False, "print clips, buckets, parameters and memory, and stop")
+    gpus: int = cli.option(1, "with --dry-run: GPUs that share batch, weights and optimizer")
     compile: bool = cli.option(False, "compile the network: slow to start, then faster (needs a C++ compiler)")
     seed: int = cli.option(0, "seed of everything random")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
 
 
+# Flags that may differ when a run goes on: they say where and how it is computed, not what. The data may have moved;
+# that they are the same is told by their content. --steps is not among them, as the learning rate comes down by it.
+_MAY_CHANGE = {
+    "data", "out", "cache", "strict", "accumulate", "gradient_checkpointing", "save_every", "keep", "val_every",
+    "sample_every", "resume", "dry_run", "gpus", "compile", "device",
+}  # fmt: skip
+
+
 class Dataset(NamedTuple):
-    """What training needs of the clips: latents (clips, C, F, H, W) and what the text encoder makes of the captions."""
+    """What training needs of the clips: latents (C, F, H, W) of each window, and what the encoder makes of captions."""
 
     latents: list[Tensor]
-    prompts: list[str]
+    prompts: list[str]  # of each window
     context: Callable[[list[str]], Tensor]  # prompts → (B, T, text_dim)
-    validation: list[int]  # indices that no training step sees
-    training: list[int]
+    validation: list[int]  # windows of clips that no training step sees
+    training: list[list[int]]  # buckets of windows, in each of which latents have one shape
+    digest: str = ""  # of everything above
+    skipped: tuple[data.Skipped, ...] = ()
 
 
 def train(config: TrainConfig) -> Path:
     """Run a training to its end and return the path of what it made: `lora.safetensors`, or the model's folder."""
-    _check(config)
-    out, state_path = Path(config.out), Path(config.out) / "state.pt"
-    if state_path.exists() and not config.resume:
+    config = _checked(config)
+    out, device, dtype = Path(config.out), config.device, getattr(torch, config.dtype)
+    if not config.resume and resume.newest_state(out):
         raise ValueError(f"got --out {out}, which holds a run; go on with --resume, or choose another folder")
-    if config.resume and not state_path.exists():
-        raise ValueError(f"got --resume, but there is no {state_path} to go on from; start without --resume")
-    device = cli.pick_device(config.device)
-    dtype = cli.pick_dtype(config.dtype, device)
-    torch.manual_seed(config.seed)
+    state = resume.load_state(out, vars(config), _MAY_CHANGE) if config.resume else None
 
-    stored = None if dtype == torch.bfloat16 and not config.full else torch.float32  # None: as in the file
-    transformer = checkpoint.load_transformer(config.model, stored, device)
-    encoder = checkpoint.load_text_encoder(config.model, stored, device)
+    encoder = checkpoint.load_text_encoder(config.model, _stored(config), device).requires_grad_(config.from_scratch)
+    clips = prepare(config, encoder)
+    transformer = checkpoint.load_transformer(config.model, _stored(config), device)
+    torch.manual_seed(config.seed)
     if config.from_scratch:
         transformer.init_weights()
         encoder.float().init_weights()
-    clips = prepare(config, encoder, device, dtype)
-    if config.full:
-        trained = list(transformer.parameters()) + (list(encoder.parameters()) if config.from_scratch else [])
-        transformer.requires_grad_(True)
-        encoder.requires_grad_(config.from_scratch)
-    else:
-        trained = lora.inject(transformer, config.rank, config.alpha)
-        encoder.requires_grad_(False)
-
-    optimizers = make_optimizers(config, trained, transformer)
-    first, seconds = 0, 0.0
-    if config.resume:
-        try:
-            saved = torch.load(state_path, map_location=device, weights_only=True)
-        except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
-            reason = str(error).splitlines()[0][:100]
-            raise ValueError(f"cannot read {state_path} ({reason}); start again with another --out") from error
-        if [value.shape for value in saved["trained"]] != [parameter.shape for parameter in trained]:
-            raise ValueError(
-                f"got --resume, but the weights in {state_path} are not those that these flags train; repeat the "
-                f"--model, --rank, --full and --from-scratch that are in {out / 'settings.json'}"
-            )
-        for parameter, value in zip(trained, saved["trained"], strict=True):
-            parameter.data.copy_(value)
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        first, seconds = saved["step"], saved["seconds"]
-        print(f"going on from step {first}")
-
-    def save_state(step: int) -> None:
-        with cli.replacing(state_path) as path:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            state = {"trained": [p.data for p in trained], "optimizers": states, "step": step}
-            torch.save({**state, "seconds": seconds + time.monotonic() - start}, path)
-
-    out.mkdir(parents=True, exist_ok=True)
-    with cli.replacing(out / "settings.json") as path:
-        path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+    inputs = {"clips": clips.digest, "base model": data.fingerprint(transformer)}
+    trained = trainable(transformer, config) + (list(encoder.parameters()) if config.from_scratch else [])
+    if not config.from_scratch:
+        encoder = None  # umT5-xxl takes 11 GB, and all that it has to say is in the cache
+    if config.gradient_checkpointing:
+        recompute_blocks(transformer)
     network = torch.compile(transformer, dynamic=False) if config.compile else transformer
-    progress = cli.Progress(config.steps, "training", first)
-    start, done, smooth, validation = time.monotonic(), first, None, {}
-    try:
-        for step in range(first, config.steps):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * rate(step, config.steps)
-            with _autocast(device, dtype):
-                loss = step_loss(network, clips, config, step, device)
-            if not loss.isfinite():
-                raise ValueError(f"the loss is {loss.item()} at step {step}; lower --lr and go on with --resume")
-            loss.backward()
+    optimizers = make_optimizers(config, trained, transformer)
+    run = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
+    if state:
+        run, state = resume.restore(state, inputs, trained, optimizers), None
+        print(f"going on from step {run['step']}")
+    resume.open_folder(out, vars(config), _facts(config, clips, transformer, trained), run["step"])
+
+    board, progress = resume.tensorboard(out, run["step"]), cli.Progress(config.steps, "training", run["step"])
+    with resume.stopping() as stopping:
+        for step in range(run["step"], config.steps):
+            begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = lr
+            for part in range(config.accumulate):
+                with _autocast(device, dtype):
+                    share = step_loss(network, clips, config, step, device, part)
+                share.backward()
+                loss += share.item()
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at step {step}; start again with a lower --lr and another --out")
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            done = step + 1
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-            if config.val_every and (done % config.val_every == 0 or done == config.steps):
-                validation = validate(network, clips, device, dtype)
-                _log(out / "metrics.jsonl", {"step": done, "loss": smooth, **validation})
-            if config.save_every and done % config.save_every == 0 and done < config.steps:
-                save_state(done)
-            if config.sample_every and done % config.sample_every == 0:
-                _filmstrip(config, transformer, clips, device, out / f"step-{done:06d}.png")
-            progress.step(loss=smooth, **validation)
-    except KeyboardInterrupt:
-        save_state(done)
-        raise KeyboardInterrupt(f"stopped after step {done}; go on with the same command and --resume") from None
-    save_state(config.steps)
 
-    _filmstrip(config, transformer, clips, device, out / "filmstrip.png")
-    if not config.full:
-        result = out / "lora.safetensors"
-        lora.save(result, lora.extract(transformer), base=config.model, metadata={"steps": str(config.steps)})
-    else:
-        result = out / "model"
-        preset = checkpoint.load_preset(config.model)
-        vae, tokenizer = checkpoint.load_vae(config.model), checkpoint.load_tokenizer(config.model)
-        checkpoint.save_pipeline(result, transformer, vae, encoder, tokenizer, preset.shift)
-        checkpoint.save_preset(result, preset)
-    print(f"{result}\n{out / 'filmstrip.png'}")
+            done, last = step + 1, step + 1 == config.steps
+            figures = _account(run, config, clips, transformer, step, loss, time.monotonic() - begun)
+            if config.val_every and (last or done % config.val_every == 0):
+                figures |= validate(network, clips, device, dtype, math.ceil(config.batch / config.accumulate))
+                _keep_best(config, clips, transformer, figures, run)
+            resume.log(out, board, {**run, "lr": lr, **figures})
+            progress.step(smooth=run["smooth"], lr=lr, **figures)
+            if config.sample_every and done % config.sample_every == 0:
+                _filmstrip(config, transformer, clips, out / f"step-{done:06d}.png")
+            stop = stopping()
+            if last or stop or (config.save_every and done % config.save_every == 0):
+                resume.save_state(out, config.keep, vars(config), inputs, run, trained, optimizers)
+            if stop and not last:
+                raise KeyboardInterrupt(f"stopped after step {done}; go on with the same command and --resume")
+
+    result = _write_result(config, transformer, encoder, clips)
+    _filmstrip(config, transformer, clips, out / "filmstrip.png")
+    _tell_skipped(clips.skipped)
+    print(f"{result}\n{out / 'filmstrip.png'}\n{report.write(out)}")
     return result
 
 
-def make_optimizers(config: TrainConfig, trained: list[nn.Parameter], transformer: nn.Module) -> list:
+def make_optimizers(config: TrainConfig, trained: list[nn.Parameter], transformer: Wan) -> list[torch.optim.Optimizer]:
     """AdamW; with `--muon`, Muon for the matrices of the blocks, scaled to AdamW's step, and AdamW for the rest."""
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2] if config.muon else []
     apart = set(matrices)
@@ -190,118 +182,265 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def prepare(config: TrainConfig, encoder: nn.Module, device: str, dtype: torch.dtype) -> Dataset:
+def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int, device: str, part: int = 0) -> Tensor:
+    """The FAFM loss of one step's batch, or of one of its `--accumulate` parts, whose sum is that of the batch.
+
+    Everything that is drawn follows from the seed and the step, and is drawn for the whole batch whatever the part.
+    """
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    picked = data.batch_of(step, config.batch, clips.training, config.seed)
+    x0 = torch.stack([clips.latents[i] for i in picked])
+    B, _, F = x0.shape[:3]
+    dropped = (torch.rand(B, generator=generator) < config.drop_caption).tolist()
+    prompts = ["" if drop else clips.prompts[i] for drop, i in zip(dropped, picked, strict=True)]
+    x1 = torch.randn(x0.shape, generator=generator)
+    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator)
+
+    mine = slice(part, None, config.accumulate)
+    context = clips.context(prompts[mine])
+    x0, x1, tau = (whole[mine].to(device) for whole in (x0, x1, tau))
+    velocity = network(flow.interpolate(x0, x1, tau), tau, context)
+    return flow.fafm_loss(velocity, x0, x1, tau, config.weighting) * (len(x0) / B)
+
+
+@torch.no_grad()
+def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, float]:
+    """Figures on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
+
+    The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
+    all frames (`sync`), one each (`async`), and the first frame clean, one for the others (`clean`).
+
+    `copy` asks what the network takes from a clean frame: with the first at τ = 0 and all others pure noise, it is the
+    mean squared error of the frame next to the clean one as predicted in a single step, x1 - v, against the data. 0 is
+    that frame to the bit; what the prompt alone tells leaves about the variance of the latents, which is 1.
+    """
+    shown = clips.validation[:16]
+    V, F = len(shown), clips.latents[shown[0]].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    x1s = [torch.randn(clips.latents[i].shape, generator=generator) for i in shown]
+    together = ((torch.arange(V) + 0.5) / V)[:, None].expand(V, F)  # evenly over [0, 1]
+    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together.clone()}
+    if F > 1:
+        taus["copy"] = torch.ones(V, F)
+    for name in taus.keys() & {"clean", "copy"}:
+        taus[name][:, 0] = 0
+    figures = dict.fromkeys(taus, 0.0)
+    for bucket in data.by_shape(x1s, range(V)):
+        for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
+            x0 = torch.stack([clips.latents[shown[i]] for i in members]).to(device)
+            x1 = torch.stack([x1s[i] for i in members]).to(device)
+            context = clips.context([clips.prompts[shown[i]] for i in members])
+            for name, levels in taus.items():
+                tau = levels[members].to(device)
+                with _autocast(device, dtype):
+                    velocity = network(flow.interpolate(x0, x1, tau), tau, context)
+                if name == "copy":
+                    error = (x1 - velocity - x0)[:, :, 1].square().mean()
+                else:
+                    error = flow.fafm_loss(velocity, x0, x1, tau)
+                figures[name] += error.item() * len(members) / V
+    return figures
+
+
+def prepare(config: TrainConfig, encoder: nn.Module) -> Dataset:
     """Encode all clips, or read what an earlier run encoded, and set one in ten (at most 64) apart for validation."""
-    clips = data.find_clips(config.data)
-    vae = checkpoint.load_vae(config.model, device=device)
-    preset = checkpoint.load_preset(config.model)
-    size = cli.parse_size(config.size) if config.size else preset.size
-    frames = preset.frames if config.frames is None else config.frames
-    tasks.latent_frames(frames)
-    cache = Path(config.data) / ".cache"
-    with _autocast(device, dtype):
-        latents = data.cached_latents(clips, size, frames, preset.fps, vae, f"{fingerprint(vae)} {dtype}", cache)
-    tokenizer = checkpoint.load_tokenizer(config.model)
+    device, cache = config.device, Path(config.cache or Path(config.data) / ".cache")
+    found, sources, skipped, frames, fps = _survey(config)
+    vae, tokenizer = checkpoint.load_vae(config.model, device=device), checkpoint.load_tokenizer(config.model)
+
+    def encode(window: Tensor) -> Tensor:
+        large = window.numel() >= 2**23  # then one latent frame at a time
+        with _autocast(device, getattr(torch, config.dtype)):
+            return vae.encode(window.to(device), 1 if large else None)
 
     def embed(prompts: list[str]) -> Tensor:
         ids, mask = tokenizer(prompts)
         return encoder(ids.to(device), mask.to(device))
 
+    keys = data.latent_keys(sources, frames, fps, f"{data.fingerprint(vae)} {config.dtype}")
+    encoded, damaged = data.cached_latents(sources, keys, frames, fps, encode, cache)
+    skipped += damaged
+    if damaged:
+        _tell_skipped(damaged)
+    _refuse(config, len(found), skipped)
+    usable = [item for item in zip(sources, keys, encoded, strict=True) if item[2] is not None]
+
     if config.from_scratch:
         context = embed
     else:
-        prompts = sorted({clip.caption for clip in clips} | {""})
-        known = dict(zip(prompts, data.cached_embeddings(prompts, embed, fingerprint(encoder), cache), strict=True))
+        vocabulary = hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest()
+        prompts = sorted({source.clip.caption for source, _, _ in usable} | {""})
+        name = f"{data.fingerprint(encoder)} {vocabulary} {tokenizer.text_len}"
+        known = dict(zip(prompts, data.cached_embeddings(prompts, embed, name, cache), strict=True))
 
         def context(prompts: list[str]) -> Tensor:
             return torch.stack([known[prompt] for prompt in prompts]).to(device)
 
-    order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held = min(64, len(clips) // 10)
+    latents, captions, windows = [], [], []  # windows: of each clip, the indices of its own
+    for source, _, pieces in usable:
+        windows.append(range(len(latents), len(latents) + len(pieces)))
+        latents += pieces
+        captions += [source.clip.caption] * len(pieces)
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held = min(64, len(usable) // 10)
     # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
-    validation, training = (order[:held], order[held:]) if held else (order, order)
-    return Dataset(latents, [clip.caption for clip in clips], context, validation, training)
+    validation, training = ([i for k in ks for i in windows[k]] for ks in (order[:held] or order, order[held:]))
+    digest = hashlib.sha256(json.dumps([(source.clip.caption, key) for source, key, _ in usable]).encode()).hexdigest()
+    return Dataset(
+        latents, captions, context, validation, data.by_shape(latents, training), digest[:16], tuple(skipped)
+    )
 
 
-def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int, device: str) -> Tensor:
-    """The FAFM loss of one step's batch; everything that is drawn for it follows from the seed and the step."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    x0, prompts = _batch(clips, config, step)
-    B, _, F = x0.shape[:3]
-    dropped = torch.rand(B, generator=generator) < config.drop_caption
-    context = clips.context(["" if drop else prompt for drop, prompt in zip(dropped.tolist(), prompts, strict=True)])
-    x1 = torch.randn(x0.shape, generator=generator)
-    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator)
-    x0, x1, tau = x0.to(device), x1.to(device), tau.to(device)
-    return flow.fafm_loss(network(flow.interpolate(x0, x1, tau), tau, context), x0, x1, tau, config.weighting)
+def _survey(config: TrainConfig) -> tuple[list[data.Clip], list[data.Source], list[data.Skipped], int, float]:
+    """The clips found, those that can be used, those that cannot, and frames and fps of a window; tells what it saw."""
+    preset = checkpoint.load_preset(config.model)
+    size = cli.parse_size(config.size) if config.size else preset.size
+    frames = preset.frames if config.frames is None else config.frames
+    tasks.latent_frames(frames)
+    found = data.find_clips(config.data)
+    sources, skipped = data.survey(found, size, frames, preset.fps, config.buckets)
+    _refuse(config, len(found), skipped)
+    _tell_skipped(skipped)
+    return found, sources, skipped, frames, preset.fps
 
 
-def _batch(clips: Dataset, config: TrainConfig, step: int) -> tuple[Tensor, list[str]]:
-    """The clips of a step: epochs in a new order each, so a step's clips are known from its number."""
-    picked, total = [], len(clips.training)
-    for position in range(step * config.batch, (step + 1) * config.batch):
-        epoch, place = divmod(position, total)
-        picked.append(clips.training[_order(config.seed, epoch, total)[place]])
-    return torch.stack([clips.latents[i] for i in picked]), [clips.prompts[i] for i in picked]
+def _refuse(config: TrainConfig, found: int, skipped: list[data.Skipped]) -> None:
+    if skipped and (config.strict or len(skipped) == found):
+        first = f"{len(skipped)} of {found} clips in {config.data} cannot be used, the first is {skipped[0].path.name}"
+        advice = "mend or remove them, or leave out --strict" if len(skipped) < found else "mend them or add others"
+        raise ValueError(f"{first} ({skipped[0].reason}); {advice}")
 
 
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, total: int) -> list[int]:
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+def _tell_skipped(skipped: tuple[data.Skipped, ...] | list[data.Skipped]) -> None:
+    if skipped:
+        print(f"clips left out: {len(skipped)}")
+    for path, reason in skipped:
+        print(f"  {path.name}: {reason}")
+
+
+def trainable(transformer: Wan, config: TrainConfig) -> list[nn.Parameter]:
+    """Make ready, and return, what a run trains of the transformer: all of it, or the pairs of a new LoRA."""
+    if not config.full:
+        return lora.inject(transformer, config.rank, config.alpha)
+    return list(transformer.requires_grad_(True).parameters())
+
+
+def recompute_blocks(transformer: Wan) -> None:
+    """Gradient checkpointing: keep only what goes into each block, and compute the block again when going back."""
+    for block in transformer.blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def rehearse(config: TrainConfig) -> str:
+    """What a run would see and need, without its weights: clips, buckets, parameters, memory."""
+    config = _checked(config)
+    found, sources, _, frames, fps = _survey(config)
+    buckets: dict[tuple[int, int], int] = {}
+    for source in sources:
+        buckets[source.size] = buckets.get(source.size, 0) + source.windows
+    lines = [f"{len(sources)} of {len(found)} clips, {sum(buckets.values())} windows of {frames} frames at {fps:g} fps"]
+    lines += [f"  {width}x{height}: {count} windows" for (width, height), count in sorted(buckets.items())]
+
+    transformer, rank = checkpoint.load_config(config.model), None if config.full else config.rank
+    width, height = max(buckets, key=math.prod)
+    shape = (transformer.in_dim, tasks.latent_frames(frames), height // 8, width // 8)
+    each = math.ceil(config.batch / config.gpus / config.accumulate)
+    stored = _stored(config) or torch.bfloat16  # of files whose type is kept, all that are published in one
+    plain, thrifty = (
+        report.memory(
+            transformer, partial(trainable, config=config), recompute, (each, *shape),
+            stored, getattr(torch, config.dtype), config.gpus,
+        )
+        for recompute in (None, recompute_blocks)
+    )  # fmt: skip
+    flops = config.steps * config.batch * report.window_flops(transformer, shape, rank, config.gradient_checkpointing)
+    trained = plain.trained * config.gpus / 4
+    others = plain.weights * config.gpus / stored.itemsize
+    lines += [
+        f"{trained / 1e6:.2f} M trainable parameters, {others / 1e6:.2f} M frozen",
+        f"{config.steps} steps of {config.batch} windows of up to {report.tokens(shape)} tokens: {flops:.3g} FLOP",
+        f"memory of {f'each of {config.gpus} GPUs' if config.gpus > 1 else 'the device'}, windows at a time: {each}",
+        "                    plain      with --gradient-checkpointing",
+    ]
+    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
+    for name, a, b in zip((*plain._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True):
+        lines.append(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}")
+    return "\n".join(lines)
+
+
+def _facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:
+    gpu = torch.device(config.device).type == "cuda"
+    return {
+        "base": config.model,
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "trained": sum(p.numel() for p in trained),
+        "windows": len(clips.latents),
+        "buckets": len(clips.training),
+        "dataset": clips.digest,
+        "device": torch.cuda.get_device_name(config.device) if gpu else f"CPU, threads: {torch.get_num_threads()}",
+        "skipped": [(path.name, reason) for path, reason in clips.skipped],
+    }
+
+
+def _account(
+    run: dict, config: TrainConfig, clips: Dataset, transformer: Wan, step: int, loss: float, seconds: float
+) -> dict[str, float]:
+    """Add a step to the figures of the run so far, and return its own."""
+    shape = clips.latents[data.batch_of(step, config.batch, clips.training, config.seed)[0]].shape
+    rank, again = None if config.full else config.rank, config.gradient_checkpointing
+    run["step"] = step + 1
+    run["smooth"] = loss if step == 0 else 0.98 * run["smooth"] + 0.02 * loss
+    run["seconds"] += seconds
+    run["flops"] += config.batch * report.window_flops(transformer.config, shape, rank, again)
+    speed = config.batch / seconds
+    return {"loss": loss, "samples/s": speed, "tokens/s": speed * report.tokens(shape)}
+
+
+def _keep_best(config: TrainConfig, clips: Dataset, transformer: Wan, figures: dict, run: dict) -> None:
+    """Write `best.safetensors` if the mean of the three validation losses is the lowest so far."""
+    score = sum(figures[name] for name in ("sync", "async", "clean")) / 3
+    if run["best"] is None or score < run["best"]:
+        run["best"] = score
+        if not config.full:
+            _save_lora(config, clips, transformer, run["step"], "best.safetensors")
+
+
+def _save_lora(config: TrainConfig, clips: Dataset, transformer: Wan, step: int, name: str) -> Path:
+    path = Path(config.out) / name
+    metadata = {"steps": str(step), "dataset": clips.digest}
+    lora.save(path, lora.extract(transformer), base=config.model, metadata=metadata)
+    return path
+
+
+def _write_result(config: TrainConfig, transformer: Wan, encoder: nn.Module | None, clips: Dataset) -> Path:
+    if not config.full:
+        return _save_lora(config, clips, transformer, config.steps, "lora.safetensors")
+    result, preset = Path(config.out) / "model", checkpoint.load_preset(config.model)
+    vae, tokenizer = checkpoint.load_vae(config.model), checkpoint.load_tokenizer(config.model)
+    encoder = encoder or checkpoint.load_text_encoder(config.model)
+    checkpoint.save_pipeline(result, transformer, vae, encoder, tokenizer, preset.shift)
+    checkpoint.save_preset(result, preset)
+    return result
 
 
 @torch.no_grad()
-def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype) -> dict[str, float]:
-    """The loss on fixed clips, noise and τ, for three kinds of τ: one for all frames, one each, one clean frame.
-
-    The training loss is noise around a mean that depends on the τ drawn; these figures can be compared between steps.
-    """
-    x0 = torch.stack([clips.latents[i] for i in clips.validation[:16]])
-    context = clips.context([clips.prompts[i] for i in clips.validation[:16]])
-    generator = torch.Generator().manual_seed(0)
-    x1 = torch.randn(x0.shape, generator=generator)
-    B, _, F = x0.shape[:3]
-    together = ((torch.arange(B) + 0.5) / B)[:, None].expand(B, F)  # evenly over [0, 1]
-    apart = torch.rand(B, F, generator=generator)
-    one_clean = together.clone()
-    one_clean[:, 0] = 0
-    x0, x1 = x0.to(device), x1.to(device)
-    figures = {}
-    for name, tau in (("sync", together), ("async", apart), ("clean", one_clean)):
-        tau = tau.to(device)
-        with _autocast(device, dtype):
-            velocity = network(flow.interpolate(x0, x1, tau), tau, context)
-        figures[name] = flow.fafm_loss(velocity, x0, x1, tau).item()
-    return figures
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights, so that what another model encoded is never taken for this one's."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        # Sums instead of bytes: 5.7 billion parameters would take a minute to hash.
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def _filmstrip(config: TrainConfig, transformer: nn.Module, clips: Dataset, device: str, path: Path) -> None:
+def _filmstrip(config: TrainConfig, transformer: Wan, clips: Dataset, path: Path) -> None:
     """Two validation clips beside what the network makes of their first latent, and of their prompt alone."""
-    vae = checkpoint.load_vae(config.model, device=device)
+    vae = checkpoint.load_vae(config.model, device=config.device)
     preset = checkpoint.load_preset(config.model)
     rows, marks = [], []
     for index in clips.validation[:2]:
-        x0 = clips.latents[index][None].to(device)
+        x0 = clips.latents[index][None].to(config.device)
         F = x0.shape[2]
         context = clips.context([clips.prompts[index]])
-        x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(device)
-        rows.append((f"clip: {clips.prompts[index]}", vae.decode(x0)[0].cpu()))
+        x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(config.device)
+        rows.append((f"clip: {clips.prompts[index]}", sample.decode(vae, x0)))
         marks.append([True] * tasks.pixel_frames(F))
         for name, m in (("from its first frame", [0.0] + [1.0] * (F - 1)), ("from its prompt", [1.0] * F)):
-            taus = tasks.tau_schedule(m, preset.steps, preset.shift).to(device)
+            taus = tasks.tau_schedule(m, preset.steps, preset.shift).to(config.device)
             keys = transformer.prompt_keys(context)
             z = flow.euler(lambda z, t, keys=keys: transformer(z, t, keys), flow.interpolate(x0, x1, taus[:1]), taus)
-            rows.append((name, vae.decode(z)[0].cpu()))
+            rows.append((name, sample.decode(vae, z)))
             marks.append([m[tasks.latent_index(n, tasks.pixel_frames(F))] == 0 for n in range(tasks.pixel_frames(F))])
     data.save_image(path, data.filmstrip(rows, marks=marks))
 
@@ -311,15 +450,20 @@ def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
-def _log(path: Path, figures: dict[str, float]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(figures) + "\n")
+def _stored(config: TrainConfig) -> torch.dtype | None:
+    """The type to hold weights in, None for the file's: frozen ones that compute in bf16 need not be finer."""
+    return None if config.dtype == "bfloat16" and not config.full else torch.float32
 
 
-def _check(config: TrainConfig) -> None:
-    for name in ("rank", "steps", "batch"):
+def _checked(config: TrainConfig) -> TrainConfig:
+    """The config with device and dtype decided. Raises ValueError for what no run can be."""
+    for name in ("rank", "steps", "batch", "accumulate", "keep", "gpus"):
         if getattr(config, name) < 1:
             raise ValueError(f"got --{name} {getattr(config, name)}, expected at least 1")
+    if config.accumulate > config.batch:
+        raise ValueError(f"got --accumulate {config.accumulate} for --batch {config.batch}, expected at most as many")
+    if config.alpha is not None and not 0 < config.alpha < math.inf:
+        raise ValueError(f"got --alpha {config.alpha:g}, expected a positive number, such as the rank")
     if not 0 < config.lr < 1:
         raise ValueError(f"got --lr {config.lr}, expected a number between 0 and 1, such as 1e-3")
     for name in ("p_async", "drop_caption"):
@@ -331,10 +475,17 @@ def _check(config: TrainConfig) -> None:
         raise ValueError("got --from-scratch without --full: a LoRA needs trained weights under it; add --full")
     if config.muon and not config.full:
         raise ValueError("got --muon without --full: Muon is for whole matrices, not for a LoRA's pairs; add --full")
+    device = cli.pick_device(config.device)
+    dtype = str(cli.pick_dtype(config.dtype, device)).removeprefix("torch.")
+    return dataclasses.replace(config, device=device, dtype=dtype)
 
 
 def main() -> None:
-    train(cli.parse(TrainConfig, __doc__))
+    config = cli.parse(TrainConfig, __doc__)
+    if config.dry_run:
+        print(rehearse(config))
+    else:
+        train(config)
 
 
 if __name__ == "__main__":

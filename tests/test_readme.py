@@ -28,6 +28,8 @@ import checkpoint
 import cli
 import data
 import flow
+import lora
+import report
 import sample
 import tasks
 import tiny
@@ -39,6 +41,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = {
     "sample.py": sample.SampleConfig, "train.py": train.TrainConfig, "tiny.py": tiny.TinyConfig,
     "world.py": world.WorldConfig, "tasks.py": tasks.Config,
+    "lora.py": lora.LoRAConfig, "report.py": report.ReportConfig,
 }  # fmt: skip
 SHORTER = {"train.py": ["--steps", "2"], "world.py": ["--count", "2"]}
 OTHERS_FLAGS = {"--index-url"}  # of pip
@@ -47,6 +50,7 @@ OTHERS_FLAGS = {"--index-url"}  # of pip
 MADE_IN = ("outputs/", "runs/", "data/world", ".cache/")
 MADE = {
     "a.mp4", "a.txt", "metadata.csv", "metadata.jsonl", "metrics.jsonl", "lora.safetensors", "filmstrip.png",
+    "best.safetensors", "report.html", "videos.txt", "prompts.txt", "~/.cache/nanopusa",
     "data → vae/text → flow(model(vta)) → vae → data",
 }  # fmt: skip
 SUFFIXES = (".py", ".txt", ".toml", ".md", ".png", ".gif", ".mp4", ".json", ".jsonl", ".csv", ".safetensors")

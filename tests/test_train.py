@@ -1,7 +1,14 @@
 """Training: it learns, changes only what it should, stops and goes on to the bit, and says what is wrong."""
 
 import json
+import os
+import pathlib
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +20,7 @@ from small import FRAMES, call, clips_fixture, count, mistake, model_fixture, wr
 import checkpoint
 import data
 import lora
+import resume
 import sample
 import train
 from text import UMT5Encoder
@@ -38,8 +46,8 @@ def loaded(monkeypatch):
     for name, models in (("load_transformer", seen.transformers), ("load_text_encoder", seen.encoders)):
         original = getattr(checkpoint, name)
 
-        def load(*arguments, original=original, models=models):
-            models.append(original(*arguments))
+        def load(*arguments, original=original, models=models, **named):
+            models.append(original(*arguments, **named))
             return models[-1]
 
         monkeypatch.setattr(checkpoint, name, load)
@@ -48,6 +56,10 @@ def loaded(monkeypatch):
 
 def _metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _validations(folder):
+    return [line for line in _metrics(folder) if "sync" in line]
 
 
 # It learns.
@@ -59,18 +71,18 @@ def test_one_clip_is_learned(run, tmp_path):
     assert run(*flags, "--steps", 1, out="start").status == 0
     result = run(*flags, "--steps", 60, "--val-every", 30)
     assert result.status == 0, result.err
-    start, middle, end = *_metrics(tmp_path / "start"), *_metrics(tmp_path / "out")
+    start, middle, end = *_validations(tmp_path / "start"), *_validations(tmp_path / "out")
     assert (start["step"], middle["step"], end["step"]) == (1, 30, 60)
     for kind in ("sync", "async", "clean"):
         assert end[kind] < 0.5 * start[kind] and end[kind] < middle[kind], (kind, start, middle, end)
-    assert end["loss"] < middle["loss"]
+    assert end["smooth"] < middle["smooth"]
 
 
 def test_a_lora_learns(run, tmp_path):
     assert run("--steps", 1, out="start").status == 0
     assert run("--steps", 30, "--lr", "1e-2", "--rank", 8).status == 0
-    (start,), (end,) = _metrics(tmp_path / "start"), _metrics(tmp_path / "out")
-    for kind in ("sync", "async", "clean"):
+    (start,), (end,) = _validations(tmp_path / "start"), _validations(tmp_path / "out")
+    for kind in ("sync", "async", "clean", "copy"):
         assert end[kind] < 0.9 * start[kind], (kind, start, end)
 
 
@@ -89,7 +101,7 @@ def test_a_lora_leaves_the_model_as_it_was_and_trains_ten_layers_of_each_block(r
     assert all(torch.equal(after[name], tensor) for name, tensor in fresh.state_dict().items())
 
     path = tmp_path / "out" / "lora.safetensors"
-    assert result.out.split() == [str(path), str(tmp_path / "out" / "filmstrip.png")]
+    assert result.out.split() == [str(tmp_path / "out" / n) for n in (path.name, "filmstrip.png", "report.html")]
     written = lora.load(path)
     assert len(written) == 20
     for name, (A, B, alpha) in written.items():
@@ -98,9 +110,11 @@ def test_a_lora_leaves_the_model_as_it_was_and_trains_ten_layers_of_each_block(r
         assert B.abs().max() > 0, "every pair has been trained"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert {name: metadata[name] for name in ("rank", "alpha", "base", "steps")} == {
-        "rank": "3", "alpha": "6", "base": str(model), "steps": "6",
+    digest = json.loads((path.parent / "facts.json").read_text())["dataset"]
+    assert {name: metadata[name] for name in ("rank", "alpha", "base", "steps", "dataset")} == {
+        "rank": "3", "alpha": "6", "base": str(model), "steps": "6", "dataset": digest,
     }  # fmt: skip
+    assert len(digest) == 16
 
 
 def test_the_lora_merges_into_what_was_trained(run, loaded, model, tmp_path):
@@ -116,15 +130,46 @@ def test_the_lora_merges_into_what_was_trained(run, loaded, model, tmp_path):
 def test_what_is_written_beside_the_lora(run, tmp_path):
     assert run("--val-every", 2, "--sample-every", 4, "--save-every", 2).status == 0
     out = tmp_path / "out"
-    names = ["filmstrip.png", "lora.safetensors", "metrics.jsonl", "settings.json", "state.pt", "step-000004.png"]
+    names = ["best.safetensors", "facts.json", "filmstrip.png", "lora.safetensors", "metrics.jsonl", "report.html"]
+    names += ["settings.json", "state-000004.pt", "state-000006.pt", "step-000004.png"]
     assert sorted(path.name for path in out.iterdir()) == names
-    assert [line["step"] for line in _metrics(out)] == [2, 4, 6]
-    assert set(_metrics(out)[0]) == {"step", "loss", "sync", "async", "clean"}
+    assert [line["step"] for line in _metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in _validations(out)] == [2, 4, 6]
+    figures = {"step", "loss", "smooth", "lr", "samples/s", "tokens/s", "seconds", "flops", "best"}
+    assert set(_metrics(out)[0]) == figures and set(_metrics(out)[1]) == figures | {"sync", "async", "clean", "copy"}
+    assert _metrics(out)[-1]["flops"] == pytest.approx(6 * _metrics(out)[0]["flops"])
     assert TrainConfig(**json.loads((out / "settings.json").read_text())).rank == 2
     for name in ("filmstrip.png", "step-000004.png"):
         assert data.read_image(out / name).std() > 0.1
-    state = torch.load(out / "state.pt", weights_only=True)
-    assert state["step"] == 6 and len(state["trained"]) == 40
+    state = torch.load(out / "state-000006.pt", weights_only=True)
+    assert state["figures"]["step"] == 6 and len(state["trained"]) == 40
+
+
+def test_the_last_states_and_the_best_lora_are_kept(run, tmp_path, monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 1.5, 4.0])
+    monkeypatch.setattr(train, "validate", lambda *a: dict.fromkeys(("sync", "async", "clean"), next(scores)))
+    assert run("--steps", 5, "--val-every", 1, "--save-every", 1, "--keep", 3).status == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("state-*")) == [f"state-00000{n}.pt" for n in (3, 4, 5)]
+    with safe_open(out / "best.safetensors", "pt") as file:
+        assert file.metadata()["steps"] == "2"
+
+
+def test_tensorboard_gets_every_figure_where_it_is_installed(run, tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert folder == str(tmp_path / "out" / "tensorboard") and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert run("--steps", 2).status == 0
+    lines = _metrics(tmp_path / "out")
+    expected = {(name, line[name], line["step"]) for line in lines for name in line if name != "step" and line[name]}
+    assert len(seen) == len(expected) and set(seen) == expected
 
 
 def test_full_from_scratch_writes_a_model_that_sample_runs(run, loaded, model, tmp_path):
@@ -164,6 +209,19 @@ def test_full_trains_every_weight_of_the_transformer_and_nothing_else(run, loade
     assert all(torch.equal(tensor, kept[name]) for name, tensor in encoder.state_dict().items())
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(model):
+    transformer = checkpoint.load_transformer(model)
+    config = TrainConfig(full=True, muon=True)
+    adamw, muon = train.make_optimizers(config, train.trainable(transformer, config), transformer)
+    names = {id(parameter): name for name, parameter in transformer.named_parameters()}
+    taken = [names[id(parameter)] for parameter in muon.param_groups[0]["params"]]
+    assert sorted(taken) == sorted(f"blocks.{i}.{target}.weight" for i in range(2) for target in lora.TARGETS)
+    others = [names[id(parameter)] for parameter in adamw.param_groups[0]["params"]]
+    assert sorted(taken + others) == sorted(names.values())
+    (alone,) = train.make_optimizers(TrainConfig(full=True), train.trainable(transformer, config), transformer)
+    assert len(alone.param_groups[0]["params"]) == len(names)
+
+
 def test_bfloat16_trains_pairs_that_stay_fp32(run, loaded, model, tmp_path):
     result = run("--dtype", "bfloat16", "--steps", 2)
     assert result.status == 0, result.err
@@ -176,9 +234,7 @@ def test_bfloat16_trains_pairs_that_stay_fp32(run, loaded, model, tmp_path):
 
 
 def _made(folder):
-    """All that is in a run's LoRA. Not its bytes: safetensors writes metadata in any order."""
-    with safe_open(folder / "lora.safetensors", "pt") as file:
-        return {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}, file.metadata()
+    return (folder / "lora.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -189,24 +245,29 @@ def whole(model, clips, tmp_path_factory):
     return _made(out)
 
 
-def _stop(monkeypatch, name, when, error):
-    """Let a function of train.py raise the error at its call number `when`, counted from 0."""
+def _at(monkeypatch, name, when, action):
+    """Let a function of train.py do something more at its call number `when`, counted from 0."""
     original, calls = getattr(train, name), []
 
-    def stopping(*arguments):
+    def acting(*arguments):
         calls.append(arguments)
         if len(calls) == when + 1:
-            raise error
+            action()
         return original(*arguments)
 
-    monkeypatch.setattr(train, name, stopping)
+    monkeypatch.setattr(train, name, acting)
 
 
-@pytest.mark.parametrize(("name", "when", "step"), [("step_loss", 0, 0), ("step_loss", 3, 3), ("validate", 1, 4)])
-def test_a_stopped_run_goes_on_to_the_bit(name, when, step, run, whole, tmp_path, monkeypatch):
-    """Ctrl-C may come within a step or, long as it takes, within a validation, after the step was taken."""
+def _cut():
+    raise RuntimeError("power cut")
+
+
+@pytest.mark.parametrize(("name", "when", "step"), [("step_loss", 0, 1), ("step_loss", 3, 4), ("validate", 1, 4)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_bit(number, name, when, step, run, whole, tmp_path, monkeypatch):
+    """Ctrl-C, or a scheduler's signal, may come within a step or a validation; what has begun is finished and saved."""
     with monkeypatch.context() as patch:
-        _stop(patch, name, when, KeyboardInterrupt())
+        _at(patch, name, when, lambda: signal.raise_signal(number))
         stopped = run("--val-every", 2)
     sentence = stopped.err.splitlines()[-1]
     assert stopped.status == 130 and "stopped" in sentence and f"step {step};" in sentence and "--resume" in sentence
@@ -214,23 +275,117 @@ def test_a_stopped_run_goes_on_to_the_bit(name, when, step, run, whole, tmp_path
     result = run("--val-every", 2, "--resume")
     assert result.status == 0 and f"going on from step {step}" in result.out, result
     assert _made(tmp_path / "out") == whole
+    assert [line["step"] for line in _metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_killed_run_goes_on_from_its_last_save(run, whole, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_stops_at_once(run, tmp_path, monkeypatch):
+    def twice():
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    _at(monkeypatch, "step_loss", 3, twice)
+    stopped = run("--save-every", 2)
+    assert stopped.status == 130 and "last save" in stopped.err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "out").glob("state-*")] == ["state-000002.pt"]
+
+
+@pytest.mark.parametrize(("when", "step"), [(1, None), (5, 4)])
+def test_a_killed_run_goes_on_from_its_last_save_or_begins_again(when, step, run, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        _stop(patch, "step_loss", 5, RuntimeError("power cut"))
+        _at(patch, "step_loss", when, _cut)
         with pytest.raises(RuntimeError, match="power cut"):
             run("--save-every", 2)
+    with open(tmp_path / "out" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # the line that it was writing
+    (tmp_path / "out" / ".state-000006.1.tmp.pt").write_bytes(b"half a file")
     result = run("--save-every", 2, "--resume")
-    assert result.status == 0 and "going on from step 4" in result.out
+    assert result.status == 0 and (f"going on from step {step}" in result.out) == (step is not None)
     assert _made(tmp_path / "out") == whole
+    assert [line["step"] for line in _metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(run, model, clips, tmp_path, monkeypatch):
+    """Killed before or in the middle of whatever it does to the disk, or before a step, and begun again each time."""
+    flags = ["--save-every", 1, "--val-every", 2, "--keep", 1]
+    draw, left = random.Random(0), [0]
+
+    def deadly(owner, name, midway=None):
+        original = getattr(owner, name)
+
+        def call(*arguments, **named):
+            left[0] -= 1
+            if left[0] == 0:
+                if midway:
+                    midway(*arguments)
+                raise _Killed
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    assert run(*flags, out="whole").status == 0
+    deadly(os, "replace")
+    deadly(torch, "save", lambda state, path: path.write_bytes(b"half a state"))
+    deadly(train, "step_loss")
+    deadly(resume, "log", lambda out, *a: (out / "metrics.jsonl").open("a").write('{"step": 9'))
+    deadly(pathlib.Path, "unlink")
+    kills = begun = 0
+    while kills < 20:
+        left[0] = draw.randint(1, 25)
+        resumed = ["--resume"] if (tmp_path / "out" / "settings.json").exists() else []
+        try:
+            assert run(*flags, *resumed).status == 0
+            assert _made(tmp_path / "out") == _made(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "out")
+            begun += 1
+        except _Killed:
+            kills += 1
+    left[0] = 0
+    assert run(*flags, *(["--resume"] if (tmp_path / "out" / "settings.json").exists() else [])).status == 0
+    for name in ("lora.safetensors", "best.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert begun >= 1 and [line["step"] for line in _metrics(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_sigkill(run, model, clips, tmp_path):
+    """A process of its own, killed for real: while it trains, while it writes a state, and again."""
+    flags = ["--save-every", 1, "--steps", 30]
+    assert run(*flags, out="whole").status == 0
+    out = tmp_path / "out"
+    common = ["--model", model, "--data", clips, "--out", out, "--dtype", "float32", "--rank", 2, "--batch", 2, *flags]
+    command = [sys.executable, "train.py", *map(str, common)]
+    moments = (
+        lambda: len(list(out.glob("state-*.pt"))) == 2,
+        lambda: any(".state" in path.name for path in out.glob(".*.tmp*")),
+        lambda: any(out.glob(".*.tmp*")),
+    )
+    ends = []
+    for moment in moments:
+        resumed = ["--resume"] if (out / "settings.json").exists() else []
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(command + resumed, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+        while process.poll() is None and not moment():
+            time.sleep(0.0005)
+        process.kill()
+        ends.append(process.wait())
+    assert ends[0] == -signal.SIGKILL
+    assert run(*flags, "--resume").status == 0
+    assert _made(out) == _made(tmp_path / "whole")
 
 
 def test_a_run_from_scratch_goes_on_to_the_bit(run, tmp_path, monkeypatch):
-    flags = ["--full", "--from-scratch", "--steps", 4]
+    flags = ["--full", "--from-scratch", "--muon", "--steps", 4]
     assert run(*flags, out="whole").status == 0
     with monkeypatch.context() as patch:
-        _stop(patch, "step_loss", 2, KeyboardInterrupt())
+        _at(patch, "step_loss", 1, lambda: signal.raise_signal(signal.SIGINT))
         assert run(*flags).status == 130
     assert run(*flags, "--resume").status == 0
     for part in ("transformer/diffusion_pytorch_model", "text_encoder/model"):
@@ -258,7 +413,7 @@ def test_clips_and_captions_are_encoded_once(run, model, tmp_path, monkeypatch):
     assert run("--data", folder, "--steps", 1, out="second").status == 0
     assert counts == {"vae": 3, "text": 4}
     assert run("--data", folder, "--steps", 1, "--frames", 9, out="shorter").status == 0
-    assert counts == {"vae": 6, "text": 4}, "other frames are other latents"
+    assert counts == {"vae": 3 + 3 * 3, "text": 4}, "other frames are other latents, in three windows of each clip"
     assert sorted(path.suffix for path in folder.iterdir() if path.is_file()) == 3 * [".mp4"] + 3 * [".txt"]
 
 
@@ -272,7 +427,7 @@ def _numbered(count, validation=()):
 
     training = [i for i in range(count) if i not in validation]
     latents = [torch.full((16, 3, 2, 2), float(i)) for i in range(count)]
-    return Dataset(latents, [str(i) for i in range(count)], context, list(validation), training), asked
+    return Dataset(latents, [str(i) for i in range(count)], context, list(validation), [training]), asked
 
 
 def _network(x, tau, context):
@@ -286,7 +441,7 @@ def test_an_epoch_shows_every_training_clip_once():
         train.step_loss(_network, clips, config, step, "cpu")
     shown = [int(prompt) for prompts in asked for prompt in prompts]
     epochs = [shown[i : i + 8] for i in range(0, 48, 8)]
-    assert all(sorted(epoch) == clips.training for epoch in epochs)
+    assert all(sorted(epoch) == clips.training[0] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6, "each in an order of its own"
 
     asked.clear()
@@ -340,13 +495,125 @@ def test_one_clip_in_ten_is_kept_for_validation(model, tmp_path):
         data.save_image(folder / f"{i:02d}.png", torch.full((3, 32, 32), i / 10 - 1))
         (folder / f"{i:02d}.txt").write_text(f"number {i}")
     encoder = checkpoint.load_text_encoder(model)
-    config = TrainConfig(data=str(folder), model=str(model), frames=1)
-    clips = train.prepare(config, encoder, "cpu", torch.float32)
-    assert len(clips.validation) == 2 and len(clips.training) == 18
-    assert sorted(clips.validation + clips.training) == list(range(20))
+    config = TrainConfig(data=str(folder), model=str(model), frames=1, device="cpu", dtype="float32")
+    clips = train.prepare(config, encoder)
+    (training,) = clips.training
+    assert len(clips.validation) == 2 and len(training) == 18
+    assert sorted(clips.validation + training) == list(range(20))
     assert clips.prompts == [f"number {i}" for i in range(20)] and clips.latents[0].shape == (16, 1, 4, 4)
     ids, mask = checkpoint.load_tokenizer(model)(["number 3", ""])
     torch.testing.assert_close(clips.context(["number 3", ""]), encoder(ids, mask))
+
+
+def _mixed(folder):
+    """Two long clips of the toy world, a wide one, and three that cannot be used."""
+    write_clips(folder, 2)
+    data.write_video(folder / "wide.mp4", torch.rand(3, 20, 48, 96) * 2 - 1, 16)
+    data.write_video(folder / "short.mp4", torch.zeros(3, 5, 32, 32), 16)
+    (folder / "broken.mp4").write_text("no video")
+    for name in ("wide", "short", "broken"):
+        (folder / f"{name}.txt").write_text(name)
+    data.write_video(folder / "silent.mp4", torch.zeros(3, 33, 32, 32), 16)
+    return folder
+
+
+def test_clips_of_any_kind_are_trained_on_and_the_others_named(run, tmp_path):
+    folder = _mixed(tmp_path / "mixed")
+    result = run("--data", folder, "--frames", 9, "--batch", 3, "--cache", tmp_path / "cache")
+    assert result.status == 0, result.err
+    listing = result.out.splitlines()[:4]
+    assert listing[0] == "clips left out: 3" and listing[1].startswith("  broken.mp4: cannot be read as a video")
+    assert listing[2] == "  short.mp4: too short: 5 frames at 16 fps, expected 9"
+    assert listing[3].startswith("  silent.mp4: no caption: write one in silent.txt")
+    assert result.out.splitlines()[4:8] == listing, "at the end again"
+    facts = json.loads((tmp_path / "out" / "facts.json").read_text())
+    assert (facts["windows"], facts["buckets"]) == (3 + 3 + 2, 2) and len(facts["skipped"]) == 3
+    assert not (folder / ".cache").exists() and len(list((tmp_path / "cache").iterdir())) == 3 + 4
+    mistake(run("--data", folder, "--frames", 9, "--strict", out="strict"), "3 of 6 clips", "broken.mp4", "--strict")
+    cropped = run("--data", folder, "--frames", 9, "--no-buckets", "--steps", 1, out="cropped")
+    assert cropped.status == 0
+    assert json.loads((tmp_path / "cropped" / "facts.json").read_text())["buckets"] == 1
+
+
+def test_a_clip_damaged_within_is_left_out_when_it_is_encoded(run, tmp_path):
+    folder = write_clips(tmp_path / "damaged", 3)
+    path = folder / "00001.mp4"
+    content = bytearray(path.read_bytes())
+    start = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 3
+    content[start:] = bytes(len(content) - start)
+    path.write_bytes(content)
+    result = run("--data", folder, "--steps", 1)
+    assert result.status == 0, result
+    assert result.out.count("  00001.mp4: ") == 2
+    assert json.loads((tmp_path / "out" / "facts.json").read_text())["windows"] == 2
+
+
+def test_a_batch_is_of_one_shape_and_parts_of_it_are_the_whole():
+    clips, _ = _numbered(9)
+    for i in range(6, 9):
+        clips.latents[i] = torch.full((16, 3, 2, 4), float(i))
+    clips = clips._replace(training=data.by_shape(clips.latents, range(9)))
+    shapes = []
+
+    def network(x, tau, context):
+        shapes.append(tuple(x.shape))
+        return 0.1 * x
+
+    for step in range(18):
+        whole = train.step_loss(network, clips, TrainConfig(batch=5), step, "cpu")
+        config = TrainConfig(batch=5, accumulate=3)
+        parts = [train.step_loss(network, clips, config, step, "cpu", part) for part in range(3)]
+        torch.testing.assert_close(sum(parts), whole)
+        assert [shape[0] for shape in shapes[-3:]] == [2, 2, 1]
+    wide = sum(shape[-1] == 4 for shape in shapes[::4])
+    assert wide == 6, "a third of the windows is wide, so a third of the steps is"
+
+
+@pytest.mark.parametrize("flags", [("--accumulate", 2), ("--gradient-checkpointing",)])
+def test_saving_memory_changes_nothing_but_rounding(flags, run, whole, tmp_path):
+    assert run(*flags, "--batch", 2).status == 0
+    made = lora.load(tmp_path / "out" / "lora.safetensors")
+    (tmp_path / "whole.safetensors").write_bytes(whole)
+    # Adam divides gradients by their size, so where they are nearly 0, rounding shows.
+    for name, (A, B, _) in lora.load(tmp_path / "whole.safetensors").items():
+        for a, b in ((A, made[name][0]), (B, made[name][1])):
+            assert (a - b).norm() < 1e-3 * a.norm()
+
+
+def test_gradients_of_parts_and_of_recomputed_blocks_are_those_of_the_whole(model):
+    clips, _ = _numbered(4)
+    clips = clips._replace(context=lambda prompts: torch.ones(len(prompts), 32, 16))
+    gradients = []
+    for parts, again in ((1, False), (4, False), (1, True)):
+        transformer = checkpoint.load_transformer(model, torch.float32)
+        torch.manual_seed(0)
+        trained = train.trainable(transformer, TrainConfig(full=True))
+        if again:
+            train.recompute_blocks(transformer)
+        config = TrainConfig(batch=4, accumulate=parts)
+        for part in range(parts):
+            train.step_loss(transformer, clips, config, 0, "cpu", part).backward()
+        gradients.append([p.grad for p in trained])
+    for whole, split, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(split, whole, atol=1e-6, rtol=1e-4)
+        assert torch.equal(recomputed, whole)
+
+
+def test_a_dry_run_says_what_a_run_would_see_and_need(run, model, tmp_path):
+    folder = _mixed(tmp_path / "mixed")
+    result = run("--data", folder, "--frames", 9, "--dry-run")
+    assert result.status == 0 and not (tmp_path / "out").exists() and not (folder / ".cache").exists()
+    assert result.out.startswith("clips left out: 3\n")
+    assert "3 of 6 clips, 8 windows of 9 frames at 16 fps" in result.out
+    assert "  32x32: 6 windows\n" in result.out and "  48x32: 2 windows\n" in result.out
+    pairs = sum(p.numel() for p in lora.inject(checkpoint.load_transformer(model), 2))
+    assert f"{pairs / 1e6:.2f} M trainable parameters" in result.out
+    columns = [line.split() for line in result.out.splitlines()[-7:]]
+    assert [row[0] for row in columns] == [
+        "weights", "trained", "gradients", "optimizer", "gathered", "activations", "together"
+    ]  # fmt: skip
+    assert all(float(row[1]) > 0 for row in columns if row[0] != "gathered")
+    assert float(columns[-1][3]) < float(columns[-1][1]), "together, with gradient checkpointing and without"
 
 
 # Figures.
@@ -357,15 +624,31 @@ def test_validation_depends_on_the_weights_alone(run, tmp_path):
     assert run("--lr", "1e-30", "--val-every", 1, "--steps", 3).status == 0
     first, *others = _metrics(tmp_path / "out")
     for line in others:
-        assert all(line[kind] == first[kind] for kind in ("sync", "async", "clean"))
+        assert all(line[kind] == first[kind] for kind in ("sync", "async", "clean", "copy"))
         assert line["loss"] != first["loss"]
+
+
+def test_validation_takes_windows_of_several_shapes():
+    clips, _ = _numbered(4, validation=(0, 1, 2, 3))
+    clips.latents[1] = torch.full((16, 3, 2, 6), 1.0)
+    shapes = []
+
+    def network(x, tau, context):
+        shapes.append((len(x), x.shape[-1]))
+        return torch.zeros_like(x)
+
+    figures = train.validate(network, clips, "cpu", torch.float32, 2)
+    assert shapes == [(2, 2)] * 4 + [(1, 2)] * 4 + [(1, 6)] * 4
+    assert figures["sync"] == pytest.approx(1 + (0 + 1 + 4 + 9) / 4, rel=0.3)
 
 
 def test_validation_knows_a_perfect_network_and_an_idle_one():
     clips, _ = _numbered(12, validation=(0, 1, 2, 3))
     idle = train.validate(_network, clips, "cpu", torch.float32)
-    assert set(idle) == {"sync", "async", "clean"}
+    assert set(idle) == {"sync", "async", "clean", "copy"}
     assert idle["sync"] == idle["async"] == idle["clean"] > 3, "x1 - x0 of constants 0 to 3"
+    parts = train.validate(_network, clips, "cpu", torch.float32, 3)
+    assert parts == pytest.approx(idle)
 
     seen = []
 
@@ -376,8 +659,9 @@ def test_validation_knows_a_perfect_network_and_an_idle_one():
         return torch.where(tau > 0, (x - x0) / tau, torch.nan)
 
     figures = train.validate(perfect, clips, "cpu", torch.float32)
-    assert figures["sync"] < 1e-6 and figures["async"] < 1e-6
-    together, apart, one_clean = seen
+    assert figures["sync"] < 1e-6 and figures["async"] < 1e-6 and figures["copy"] < 1e-6
+    together, apart, one_clean, copied = seen
+    assert (copied[:, 0] == 0).all() and (copied[:, 1:] == 1).all()
     assert together.shape == apart.shape == one_clean.shape == (4, 3)
     assert (together == together[:, :1]).all() and len(apart.unique()) == 12
     assert (one_clean[:, 0] == 0).all() and torch.equal(one_clean[:, 1:], together[:, 1:])
@@ -397,11 +681,11 @@ def test_rate_warms_up_and_comes_down(steps):
 
 def test_fingerprint_tells_weights_apart(model):
     vae = checkpoint.load_vae(model)
-    before = train.fingerprint(vae)
-    assert train.fingerprint(checkpoint.load_vae(model)) == before
+    before = data.fingerprint(vae)
+    assert data.fingerprint(checkpoint.load_vae(model)) == before
     with torch.no_grad():
         vae.decoder.conv1.bias[3] += 1e-6
-    assert train.fingerprint(vae) != before
+    assert data.fingerprint(vae) != before
 
 
 # Mistakes.
@@ -421,7 +705,10 @@ def test_fingerprint_tells_weights_apart(model):
         ("--drop-caption -0.1", ["got --drop-caption -0.1", "[0, 1]"]),
         ("--shift 0", ["got shift 0", "above 0"]),
         ("--from-scratch", ["--from-scratch without --full", "add --full"]),
-        ("--resume", ["got --resume", "state.pt", "without --resume"]),
+        ("--muon", ["--muon without --full", "add --full"]),
+        ("--resume", ["got --resume", "no run in", "without --resume"]),
+        ("--accumulate 3", ["--accumulate 3", "--batch 2"]),
+        ("--keep 0", ["got --keep 0", "at least 1"]),
         ("--frames 26", ["got 26 frames", "4k+1"]),
         ("--frames 0", ["got 0 frames", "4k+1"]),
         ("--frames 37", ["00000.mp4", "33 frames", "37"]),
@@ -430,7 +717,7 @@ def test_fingerprint_tells_weights_apart(model):
         ("--model none", ["got none as a model"]),
         ("--data none", ["none is not a folder"]),
         ("--data EMPTY", ["holds no clips"]),
-        ("--data SILENT", ["1 of 3 clips", "00001.txt"]),
+        ("--data SILENT --strict", ["1 of 3 clips", "00001.mp4 (no caption", "00001.txt"]),
         ("--data BROKEN", ["00000.mp4", "cannot be read as a video"]),
     ],
 )
@@ -466,17 +753,40 @@ def test_a_run_is_not_replaced(run, finished, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == finished
 
 
-@pytest.mark.parametrize("flags", ["--rank 4", "--rank 1", "--full", "--full --from-scratch"])
-def test_a_run_of_other_weights_does_not_go_on(flags, run, finished, tmp_path):
-    result = run("--resume", "--steps", 3, *flags.split())
-    mistake(result, "--resume")
-    assert (tmp_path / "out" / "lora.safetensors").read_bytes() == finished["lora.safetensors"]
+@pytest.mark.parametrize(
+    "flags", ["--rank 4", "--full", "--seed 1", "--lr 1e-4", "--steps 3", "--batch 3", "--p-async 0", "--size 48x32"]
+)
+def test_a_run_does_not_go_on_as_another(flags, run, finished, tmp_path):
+    mistake(run("--resume", "--steps", 2, *flags.split()), "got --resume", flags.split()[0], "settings.json")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == finished
+
+
+def test_a_run_does_not_go_on_with_other_clips_but_with_the_same_elsewhere(run, finished, clips, tmp_path):
+    other = write_clips(tmp_path / "other")
+    moved = ["--resume", "--steps", 2, "--data", other]
+    assert run(*moved, "--save-every", 1).status == 0
+    assert _made(tmp_path / "out") == finished["lora.safetensors"]
+    (other / "00001.txt").write_text("another caption")
+    mistake(run(*moved), "got --resume", "the clips changed")
+
+
+def test_a_run_does_not_go_on_over_another_base(run, finished, model, tmp_path, monkeypatch):
+    original = checkpoint.load_transformer
+
+    def retrained(*arguments):
+        transformer = original(*arguments)
+        with torch.no_grad():
+            transformer.head.head.weight *= 1.01
+        return transformer
+
+    monkeypatch.setattr(checkpoint, "load_transformer", retrained)
+    mistake(run("--resume", "--steps", 2), "got --resume", "the base model changed")
 
 
 def test_a_damaged_state_is_named(run, finished, tmp_path):
-    path = tmp_path / "out" / "state.pt"
+    path = tmp_path / "out" / "state-000002.pt"
     path.write_bytes(path.read_bytes()[:-1000])
-    mistake(run("--resume", "--steps", 3), "state.pt")
+    mistake(run("--resume", "--steps", 2), "state-000002.pt", "delete it")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(run, tmp_path, monkeypatch):

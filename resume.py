@@ -1,0 +1,151 @@
+"""Stopping and going on: what a run keeps in its folder, so that it ends as if it had never stopped.
+
+    settings.json   the flags                          facts.json      what was trained on what
+    metrics.jsonl   a line of figures each step        state-N.pt      weights and optimizers after step N
+
+A step of `train.py` follows from the seed and its own number, so these are all there is to know. Each file appears
+whole or not at all, and lines after the step from which a run goes on are taken out: it will write them again.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import cli
+
+
+def newest_state(out: Path | str) -> Path | None:
+    """The last state in the folder of a run, or None if it has none."""
+    return max(Path(out).glob("state-*.pt"), key=_step_of, default=None)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("state-"))
+
+
+def load_state(out: Path, settings: dict, may_change: set[str]) -> dict | None:
+    """The last state of a run, its tensors on the CPU, or None if it stopped before its first save.
+
+    Raises ValueError if there is no run, if the state cannot be read, and if a setting outside of `may_change` is
+    another than when the run began: it could not end as it would have.
+    """
+    path = newest_state(out)
+    if path is None:
+        if (out / "settings.json").is_file():
+            return None
+        raise ValueError(f"got --resume, but there is no run in {out} to go on from; start without --resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(
+            f"cannot read {path} ({reason}); delete it to go on from the one before, or start again with another --out"
+        ) from error
+    for name in settings.keys() & state["settings"].keys() - may_change:
+        if settings[name] != state["settings"][name]:
+            raise ValueError(
+                f"got --resume with {settings[name]} as --{name.replace('_', '-')}, but the run in {out} began with "
+                f"{state['settings'][name]}, and must end as if it had never stopped; repeat its flags, which are in "
+                "settings.json, or start anew with another --out"
+            )
+    return state
+
+
+def restore(state: dict, inputs: dict[str, str], trained: Sequence[nn.Parameter], optimizers: Sequence) -> dict:
+    """Put a state back into parameters and optimizers, and return the figures of the run so far.
+
+    `inputs` names what the run is made from, by its content; ValueError if it is not what the state was made from.
+    """
+    for name, content in inputs.items():
+        if state["inputs"][name] != content:
+            raise ValueError(
+                f"got --resume, but the {name} changed since the run began, and it must end as if it had never "
+                "stopped; put back what was there, or start anew with another --out"
+            )
+    for parameter, value in zip(trained, state["trained"], strict=True):
+        parameter.data.copy_(value)
+    for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+    return state["figures"]
+
+
+def save_state(
+    out: Path, keep: int, settings: dict, inputs: dict[str, str], figures: dict, trained: Sequence[nn.Parameter],
+    optimizers: Sequence,
+) -> None:  # fmt: skip
+    """Write `state-N.pt` for N = figures["step"], and delete all but the last `keep` states."""
+    state = {"settings": settings, "inputs": inputs, "figures": figures, "trained": [p.data for p in trained]}
+    with cli.replacing(out / f"state-{figures['step']:06d}.pt") as path:
+        torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
+    for old in sorted(out.glob("state-*.pt"), key=_step_of)[:-keep]:
+        old.unlink()
+
+
+def open_folder(out: Path, settings: dict, facts: dict, step: int) -> None:
+    """Write what a run is, and clear its folder of what a killed one left behind after `step`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for unfinished in out.glob(".*.tmp*"):
+        if unfinished.is_file():
+            unfinished.unlink()
+    for name, content in (("settings.json", settings), ("facts.json", facts)):
+        with cli.replacing(out / name) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    lines = [line for line in read_metrics(out) if line["step"] <= step]
+    with cli.replacing(out / "metrics.jsonl") as path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`; one that was cut off while it was written is left out."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def log(out: Path, board, figures: dict[str, float]) -> None:
+    """Add the figures of a step to `metrics.jsonl`, and to TensorBoard if there is a `board`."""
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(figures) + "\n")
+    if board is not None:
+        for name, value in figures.items():
+            if name != "step" and value is not None:
+                board.add_scalar(name, value, figures["step"])
+
+
+def tensorboard(out: Path, step: int):
+    """TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """Yields a question: has Ctrl-C, or a scheduler's SIGTERM, asked the run to end? So a step is never cut in two.
+
+    The second signal does not wait: what was done since the last save is then lost.
+    """
+    asked = []
+
+    def ask(number: int, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt("stopped at once; go on from the last save with the same command and --resume")
+        asked.append(number)
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print could be what was interrupted
+
+    mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in mine}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
