@@ -56,6 +56,12 @@ def run(command, *arguments) -> None:
         sentence = " ".join(str(error).split())
         print(f"{name}: {sentence}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+            raise
+        advice = "a smaller --size or --frames; --offload to sample; --gradient-checkpointing or --accumulate to train"
+        print(f"{name}: the device has not enough memory for this; try {advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager
@@ -116,7 +122,10 @@ def pick_dtype(name: str, device: str):
     import torch
 
     if name == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() if device == "cpu" else device.startswith("cuda")
+        if device.startswith("cuda"):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     return getattr(torch, name)
 

@@ -51,7 +51,7 @@ class LoRALinear(nn.Linear):
         # On "meta" nothing is allocated: both parameters are replaced by the given layer's on the next line.
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.alpha, self.strength = alpha, 1.0
+        self.alpha = alpha
         like = {"device": linear.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
@@ -60,7 +60,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.lora_A.to(x.dtype))  # (…, rank)
         change = F.linear(low, self.lora_B.to(low.dtype))  # (…, out)
-        return super().forward(x) + self.strength * self.alpha / len(self.lora_A) * change
+        return super().forward(x) + self.alpha / len(self.lora_A) * change
 
 
 def inject(
@@ -267,7 +267,7 @@ def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = Fal
 
 def inspect(path: Path | str, model: str | None = None) -> None:
     """Print what a LoRA file holds and, given a model, whether it fits: ValueError if not."""
-    from checkpoint import load_transformer  # here, as nothing else of LoRA needs models on disk
+    from checkpoint import load_config  # here, as nothing else of LoRA needs models on disk
 
     path = Path(path)
     tensors = _read(path)
@@ -284,7 +284,9 @@ def inspect(path: Path | str, model: str | None = None) -> None:
         "stored as": ", ".join(sorted({str(part.dtype).removeprefix("torch.") for part in parts})),
     }
     if model:
-        rows["matched"] = f"{len(_match(load_transformer(model), lora))} of {len(lora)} in {model}"
+        with torch.device("meta"):
+            outline = Wan(load_config(model))
+        rows["matched"] = f"{len(_match(outline, lora))} of {len(lora)} in {model}"
     norms = {name: _norm(change) for name, change in lora.items()}
     strongest = heapq.nlargest(5, norms, norms.get)
     rows["strongest"] = ", ".join(f"{name} ({norms[name]:.4g})" for name in strongest)

@@ -79,9 +79,9 @@ def grow(config: TinyConfig) -> None:
             data=str(clips), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
             shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
         ),
-        work / "base" / "model",
-    )  # fmt: skip
-    if not (out / "model_index.json").exists():
+        work / "base" / "model" / "model_index.json",  # which is written last
+    ).parent  # fmt: skip
+    if not (work / "lora" / "lora.safetensors").exists():  # what is in `out` may be of an earlier growth
         parts = checkpoint.load_pipeline(base)
         half = {"transformer": torch.bfloat16, "vae": torch.bfloat16, "text_encoder": torch.float32}
         checkpoint.save_preset(out, PRESET)

@@ -117,6 +117,14 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
         cli.run(_failing(ValueError("got 3")))
 
 
+def test_too_little_memory_is_one_sentence_and_other_faults_are_not(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(_failing(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")))
+    assert end.value.code == 2 and "not enough memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.run(_failing(RuntimeError("a fault of ours")))
+
+
 def test_an_interrupt_is_one_sentence_and_status_130(capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         monkeypatch.setattr("sys.argv", ["train.py"])
@@ -270,10 +278,12 @@ def test_devices():
             cli.pick_device("cuda")
 
 
-def test_dtypes():
+def test_dtypes(monkeypatch):
     assert cli.pick_dtype("float32", "cpu") == torch.float32
     assert cli.pick_dtype("bfloat16", "cpu") == torch.bfloat16
-    assert cli.pick_dtype("auto", "cuda") == cli.pick_dtype("auto", "cuda:1") == torch.bfloat16
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):  # a T4 would emulate bf16
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, fast=fast: fast)
+        assert cli.pick_dtype("auto", "cuda") == cli.pick_dtype("auto", "cuda:1") == dtype
     assert cli.pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
 
 
