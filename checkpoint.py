@@ -6,7 +6,8 @@ what each is called in a -Diffusers folder.
     original     config.json, diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth,
                  google/umt5-xxl/tokenizer.json; Wan2.2 has high_noise_model/ and low_noise_model/ for the first two
     -Diffusers   model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/; Wan2.2 adds transformer_2/
-    single file  FILE.safetensors, a transformer as ComfyUI has it; the other parts are those of the folder it lies in
+    single file  FILE.safetensors, a transformer as ComfyUI has it; the other parts are those of the folder it lies in.
+                 Of two experts, each lies alone in high_noise_model/ or low_noise_model/ of an original folder
 
     pipeline = load_pipeline("checkpoints/tiny")    # or a folder or file of yours, or Wan-AI/Wan2.1-T2V-1.3B
 
@@ -48,12 +49,7 @@ from names import (
 from text import T5Config, Tokenizer, UMT5Encoder, write_tokenizer
 from vae import VAEConfig, WanVAE
 
-PARTS = (
-    "transformer",
-    "transformer_2",
-    "vae",
-    "text_encoder",
-)  # what has weights; the second is Wan2.2's low-noise one
+PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # what has weights; the second is the low-noise expert
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 HEAD_SIZE = 128  # of every published Wan transformer; nothing in a single file says it
 
@@ -252,15 +248,17 @@ def save_pipeline(
     tokenizer: Tokenizer | tokenizers.Tokenizer | None = None,
     shift: float = 5.0,
     dtype: Mapping[str, torch.dtype] | None = None,
+    transformer_2: Wan | None = None,
+    boundary: float = Preset.boundary,
 ) -> None:
     """Write the parts that are given as a -Diffusers folder; parts that are there and not given stay as they are.
 
     `dtype` says which parts are stored in another type, such as `{"vae": torch.float16}`. The files that describe the
-    whole (`model_index.json`, `scheduler/`) are written with the transformer.
+    whole (`model_index.json`, `scheduler/`) are written with the transformer, of two experts with both.
     """
     folder, dtype = Path(folder), dtype or {}
-    if unknown := dtype.keys() - {"transformer", "vae", "text_encoder"}:
-        raise ValueError(f"got a dtype for {sorted(unknown)}, expected transformer, vae or text_encoder")
+    if unknown := dtype.keys() - set(PARTS):
+        raise ValueError(f"got a dtype for {sorted(unknown)}, expected one for {', '.join(PARTS)}")
     if tokenizer is not None:
         text_len = getattr(tokenizer, "text_len", None) or getattr(transformer, "config", WanConfig).text_len
         plain = tokenizers.Tokenizer.from_str(getattr(tokenizer, "tokenizer", tokenizer).to_str())
@@ -275,12 +273,15 @@ def save_pipeline(
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         _write(path, vae, vae_names(vae.config), dtype.get("vae"))
         _write_json(path.with_name("config.json"), _vae_json(vae.config))
+    for part, model in (("transformer", transformer), ("transformer_2", transformer_2)):
+        if model is not None:
+            path = folder / part / "diffusion_pytorch_model.safetensors"
+            _write(path, model, TRANSFORMER_NAMES, dtype.get(part))
+            _write_json(path.with_name("config.json"), _transformer_json(model.config))
     if transformer is not None:
-        path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-        _write(path, transformer, TRANSFORMER_NAMES, dtype.get("transformer"))
-        _write_json(path.with_name("config.json"), _transformer_json(transformer.config))
+        both = {"transformer_2": _INDEX["transformer"], "boundary_ratio": boundary}
         _write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": shift})
-        _write_json(folder / "model_index.json", _INDEX)
+        _write_json(folder / "model_index.json", {**_INDEX, **(both if transformer_2 else {})})
 
 
 # Reading.
@@ -328,6 +329,17 @@ def _is_original(model: Path) -> bool:
     return known and not (folder / "model_index.json").is_file()
 
 
+def _single_file(model: Path, part: str) -> Path | None:
+    """Where a transformer is one file without a config: the model itself, or alone in the folder of an expert."""
+    if model.is_file():
+        return model
+    if not (_is_original(model) and has_two_experts(model)):
+        return None
+    home = model / _home(model, part)
+    files = [] if (home / "config.json").is_file() else list(home.glob("*.safetensors"))
+    return files[0] if len(files) == 1 else None
+
+
 def _home(model: Path, part: str) -> str:
     """What the names of a transformer's files start with."""
     if not _is_original(model):
@@ -355,8 +367,9 @@ def _weight_files(model: Path, part: str) -> list[str]:
 
 def _transformer_config(model: Path, part: str = "transformer") -> WanConfig:
     """The config, in any layout; one sentence for a model that is not text-to-video."""
-    if model.is_file():
-        config = _measure(_transformer_sizes, _comfy(model), model.name, model)
+    if single := _single_file(model, part):
+        name = single.relative_to(_folder(model)).as_posix()
+        config = _measure(_transformer_sizes, _comfy(single), name, model)
     else:
         path = _need(model, _home(model, part) + "config.json")
         theirs = _json(path)
@@ -486,8 +499,8 @@ def _text_sizes(state: Mapping[str, Stored]) -> T5Config:
 
 def _part(model: Path, part: str) -> dict[str, Stored]:
     """What the files with a part's weights hold."""
-    if model.is_file() and part == "transformer":
-        return _comfy(model)
+    if part in ("transformer", "transformer_2") and (single := _single_file(model, part)):
+        return _comfy(single)
     return _stored(_need(model, name) for name in _weight_files(model, part))
 
 

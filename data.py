@@ -90,6 +90,46 @@ def find_clips(folder: Path | str) -> list[Clip]:
     return sorted(clips, key=lambda clip: (clip.path.as_posix(), clip.caption))
 
 
+def read_prompts(path: Path | str) -> list[str]:
+    """The lines of a text file, without blank ones."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} ({error}), expected a text file with a prompt in each line") from None
+    prompts = [" ".join(line.split()) for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} is empty, expected a prompt in each line")
+    return prompts
+
+
+def missing_clips(folder: Path | str, captions: Sequence[str]) -> list[int]:
+    """The numbers of the captions whose clip is not in a folder that `write_clip` fills.
+
+    A clip without caption was cut off, and counts as missing. ValueError if one has another caption.
+    """
+    missing = []
+    for number, caption in enumerate(captions):
+        clip = _numbered(folder, number)
+        beside = clip.with_suffix(".txt")
+        if not (clip.is_file() and beside.is_file()):
+            missing.append(number)
+        elif " ".join(beside.read_text(encoding="utf-8").split()) != caption:
+            raise ValueError(f"{beside} has the caption of another clip; choose another --out")
+    return missing
+
+
+def write_clip(folder: Path | str, number: int, video: Tensor, fps: float, caption: str) -> None:
+    """Write a clip such as `00000.mp4`, and when it is whole, its caption beside it."""
+    clip = _numbered(folder, number)
+    write_video(clip, video, fps)
+    with cli.replacing(clip.with_suffix(".txt")) as beside:
+        beside.write_text(caption + "\n", encoding="utf-8")
+
+
+def _numbered(folder: Path | str, number: int) -> Path:
+    return Path(folder) / f"{number:05d}.mp4"
+
+
 def survey(
     clips: Sequence[Clip], size: tuple[int, int], frames: int, fps: float, buckets: bool = True
 ) -> tuple[list[Source], list[Skipped]]:

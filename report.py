@@ -1,165 +1,23 @@
-"""What a training costs, and what came of it: the memory and arithmetic of a run, and its page `report.html`.
+"""What came of a training: its page `report.html`.
 
-    python train.py --data clips/ --dry-run     prints `memory` before anything is trained
-    python report.py runs/pusa                  writes the page anew from the files of a run, finished or not
+    python report.py runs/pusa     writes the page anew from the files of a run, finished or not
 
 The page is one file without links to others: curves are SVG, pictures are inside it.
 """
 
 import base64
-import dataclasses
 import html
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cli
-import model as wan
+import cost
 import resume
-from model import Wan, WanConfig
-
-# The paper's training (arXiv 2507.16116 and its published scripts): about 900 optimizer steps with one clip of 81
-# frames of 832x480 on each of 8 GPUs of 80 GB, rank 512, gradient checkpointing, on Wan2.1-T2V-14B.
-PAPER_MODEL = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
-PAPER_SHAPE, PAPER_RANK, PAPER_WINDOWS, PAPER_GPUS = (16, 21, 60, 104), 512, 900 * 8, 8
-PAPER_SPEED = 312e12 * 0.4  # FLOP/s of a GPU: an A100's peak in bf16, of which good trainers keep up two fifths
 
 COLOURS = ("#1f5fa8", "#e87722", "#2a9d6f", "#8a4fbf")
-
-
-# Arithmetic
-
-
-def tokens(shape: Sequence[int]) -> int:
-    """Tokens of latents (…, F, H, W)."""
-    F, H, W = shape[-3:]
-    return F * (H // 2) * (W // 2)
-
-
-def window_flops(config: WanConfig, shape: Sequence[int], rank: int | None, recomputed: bool = False) -> float:
-    """Floating-point operations to train on one window with latents of `shape` (C, F, H, W).
-
-    A product of (n, k) and (k, m) matrices counts 2nkm; only the blocks are counted, which is nearly all. Backward, the
-    gradient of a product's input costs as much as the product, that of its weights as much again; a base under a LoRA
-    of `rank` is spared the latter (None: all weights are trained). Attention multiplies two inputs. With gradient
-    checkpointing (`recomputed`), every product of the blocks is done once more.
-    """
-    L, T, D, D_ffn = tokens(shape), config.text_len, config.dim, config.ffn_dim
-    # Six layers of each block see the video's tokens, two the text's: the keys and values of cross-attention.
-    base = 2 * (L * (6 * D * D + 2 * D * D_ffn) + T * 2 * D * D)
-    attention = 4 * L * (L + T) * D
-    pairs = 2 * (rank or 0) * (L * (12 * D + 2 * (D + D_ffn)) + T * 4 * D)
-    extra = 1 if recomputed else 0
-    per_block = base * ((3 if rank is None else 2) + extra) + (attention + pairs) * (3 + extra)
-    return float(config.num_layers * per_block)
-
-
-# Memory
-
-
-class Memory(NamedTuple):
-    """Bytes on each GPU while training."""
-
-    weights: float  # that are not trained
-    trained: float
-    gradients: float
-    optimizer: float  # AdamW's two moments of all that is trained, and its step count for each tensor
-    gathered: float  # on several GPUs, two blocks put together from their shards: one at work, one on its way
-    activations: float  # kept for the backward pass
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-
-class _Sizes(NamedTuple):
-    """Bytes and tensors of a model, all of which grow linearly with its layers."""
-
-    weights: int
-    trained: int
-    tensors: int
-    saved: int
-    saved_recomputed: int
-
-
-def memory(
-    config: WanConfig,
-    trainable: Callable[[Wan], list[nn.Parameter]],
-    recompute: Callable[[Wan], None] | None,
-    shape: Sequence[int],
-    stored: torch.dtype,
-    dtype: torch.dtype,
-    gpus: int = 1,
-) -> Memory:
-    """What training takes on each GPU, found by running the model, one and two layers of it, without real memory.
-
-    trainable(model) makes ready what is trained and returns it; recompute(model) turns gradient checkpointing on, None
-    leaves it off. shape (B, C, F, H, W) is what one GPU sees at a time; weights are `stored` in one dtype and compute
-    in the other. Weights, gradients and optimizer are shared out over the GPUs (FSDP), activations are each GPU's own.
-    Left out: the CUDA context, and the temporaries of one operation, a few percent each; a text encoder in training.
-    """
-    one, two = (_sizes(config, n, trainable, recompute, shape, stored, dtype) for n in (1, 2))
-    block = _Sizes(*(b - a for a, b in zip(one, two, strict=True)))
-    whole = _Sizes(*(a + (config.num_layers - 1) * b for a, b in zip(one, block, strict=True)))
-    # With checkpointing, a block's own activations exist for one block at a time.
-    activations = whole.saved if recompute is None else whole.saved_recomputed + block.saved
-    gathered = 2 * (block.weights + block.trained) if gpus > 1 else 0
-    shared = (whole.weights, whole.trained, whole.trained, 2 * whole.trained + 4 * whole.tensors)
-    return Memory(*(size / gpus for size in shared), gathered, activations)
-
-
-def _sizes(config: WanConfig, layers: int, trainable, recompute, shape, stored, dtype) -> _Sizes:
-    usual = torch.get_default_dtype()
-    wan.rope_tables.cache_clear()  # tables without memory and real ones must not meet
-    try:
-        with FakeTensorMode():
-            torch.set_default_dtype(stored)
-            transformer = Wan(dataclasses.replace(config, num_layers=layers))
-            torch.set_default_dtype(usual)
-            trained = trainable(transformer)
-            x, tau = torch.zeros(shape), torch.zeros(shape[0], shape[2])
-            context = torch.zeros(shape[0], config.text_len, config.text_dim)
-
-            def forward() -> Tensor:
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    return transformer(x, tau, context)
-
-            saved = saved_bytes(forward, transformer)
-            if recompute is not None:
-                recompute(transformer)
-            recomputed = saved if recompute is None else saved_bytes(forward, transformer)
-    finally:
-        torch.set_default_dtype(usual)
-        wan.rope_tables.cache_clear()
-    ours = sum(p.numel() * p.element_size() for p in trained)
-    every = sum(p.numel() * p.element_size() for p in transformer.parameters())
-    return _Sizes(every - ours, ours, len(trained), saved, recomputed)
-
-
-def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that a forward pass keeps for its backward pass, the model's own parameters left out."""
-    own = [parameter.untyped_storage() for parameter in model.parameters()]
-    parameters, kept = {id(storage) for storage in own}, {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if id(storage) not in parameters:
-            kept[id(storage)] = storage  # several views of one storage count once
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-# The page
 
 
 def write(folder: Path | str) -> Path:
@@ -214,7 +72,7 @@ td {{ padding: 0 2em 0 0; vertical-align: top }} td:first-child {{ color: #777 }
 </body></html>
 """
 _ON_PAPER_HARDWARE = (
-    "Operations are counted from the model's sizes (report.window_flops): the transformer's blocks, forward and "
+    "Operations are counted from the model's sizes (cost.window_flops): the transformer's blocks, forward and "
     "backward, without VAE, text encoder, validation and samples. The paper's hardware is 8 GPUs of 80 GB, here taken "
     "as A100s that keep up 40 % of their peak of 312 TFLOP/s in bf16; its training is 900 steps of 8 clips of 81 "
     "frames, 832x480, rank 512, on Wan2.1-T2V-14B with gradient checkpointing."
@@ -224,8 +82,8 @@ _ON_PAPER_HARDWARE = (
 def _cost(settings: dict, facts: dict, last: dict) -> list[tuple[str, str]]:
     """What was spent, and what the same and the paper's training would take here and there."""
     flops, seconds = last["flops"], last["seconds"]
-    paper = PAPER_WINDOWS * window_flops(PAPER_MODEL, PAPER_SHAPE, PAPER_RANK, recomputed=True)
-    there, here = PAPER_GPUS * PAPER_SPEED, flops / max(seconds, 1e-9)
+    paper = cost.PAPER_WINDOWS * cost.window_flops(cost.PAPER_MODEL, cost.PAPER_SHAPE, cost.PAPER_RANK, recomputed=True)
+    there, here = cost.PAPER_GPUS * cost.PAPER_SPEED, flops / max(seconds, 1e-9)
     return [
         ("steps", f"{last['step']} of {settings['steps']}"),
         ("windows seen", str(last["step"] * settings["batch"])),
@@ -255,7 +113,8 @@ def curve(title: str, series: dict[str, list[tuple[float, float]]], points: int 
 
     The vertical axis spans what is shown; empty series are left out, and without any the chart is empty text.
     """
-    series = {name: _thinned(line, points) for name, line in series.items() if line}
+    series = {name: _thinned(line, points) for name, line in series.items()}
+    series = {name: line for name, line in series.items() if line}
     if not series:
         return ""
     width, height, left, top, bottom = 900, 260, 60, 30, 30

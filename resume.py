@@ -5,6 +5,7 @@
 
 A step of `train.py` follows from the seed and its own number, so these are all there is to know. Each file appears
 whole or not at all, and lines after the step from which a run goes on are taken out: it will write them again.
+Of several processes the first one writes. A state does not know how many they were.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 import cli
+import distributed
 
 
 def newest_state(out: Path | str) -> Path | None:
@@ -42,7 +44,8 @@ def load_state(out: Path, settings: dict, may_change: set[str]) -> dict | None:
             return None
         raise ValueError(f"got --resume, but there is no run in {out} to go on from; start without --resume")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Several processes map the file: each needs a slice of every tensor, and copies would take the memory of all.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=distributed.size() > 1)
     except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
         reason = str(error).splitlines()[0][:100]
         raise ValueError(
@@ -70,8 +73,11 @@ def restore(state: dict, inputs: dict[str, str], trained: Sequence[nn.Parameter]
                 "stopped; put back what was there, or start anew with another --out"
             )
     for parameter, value in zip(trained, state["trained"], strict=True):
-        parameter.data.copy_(value)
+        parameter.data.copy_(distributed.sliced(value, parameter))
     for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for i, moments in content["state"].items():
+            content["state"][i] = {name: distributed.sliced(value, parameters[i]) for name, value in moments.items()}
         optimizer.load_state_dict(content)
     return state["figures"]
 
@@ -82,14 +88,20 @@ def save_state(
 ) -> None:  # fmt: skip
     """Write `state-N.pt` for N = figures["step"], and delete all but the last `keep` states."""
     state = {"settings": settings, "inputs": inputs, "figures": figures, "trained": [p.data for p in trained]}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    state = distributed.whole(state)
+    if distributed.rank() > 0:
+        return
     with cli.replacing(out / f"state-{figures['step']:06d}.pt") as path:
-        torch.save({**state, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, path)
+        torch.save(state, path)
     for old in sorted(out.glob("state-*.pt"), key=_step_of)[:-keep]:
         old.unlink()
 
 
 def open_folder(out: Path, settings: dict, facts: dict, step: int) -> None:
     """Write what a run is, and clear its folder of what a killed one left behind after `step`."""
+    if distributed.rank() > 0:
+        return
     out.mkdir(parents=True, exist_ok=True)
     for unfinished in out.glob(".*.tmp*"):
         if unfinished.is_file():
@@ -111,6 +123,8 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
 
 def log(out: Path, board, figures: dict[str, float]) -> None:
     """Add the figures of a step to `metrics.jsonl`, and to TensorBoard if there is a `board`."""
+    if distributed.rank() > 0:
+        return
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(figures) + "\n")
     if board is not None:
@@ -121,6 +135,8 @@ def log(out: Path, board, figures: dict[str, float]) -> None:
 
 def tensorboard(out: Path, step: int):
     """TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
+    if distributed.rank() > 0:
+        return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -140,7 +156,8 @@ def stopping() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt("stopped at once; go on from the last save with the same command and --resume")
         asked.append(number)
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print could be what was interrupted
+        message = b"\nstopping after this step; once more to stop at once\n" if distributed.rank() == 0 else b""
+        os.write(2, message)  # print could be what was interrupted
 
     mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, ask) for number in mine}

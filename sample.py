@@ -13,7 +13,9 @@ than the GPU's memory.
     python sample.py --task keyframes --image a.png b.png c.png --at 0,4,8 --noise 0,0.2,0.3
 
 Beside the video are a filmstrip of what was given and what was generated, and a JSON file with every setting;
-`--from-json` runs it again.
+`--from-json` runs it again. With `--prompts` the model makes a captioned clip of each line of a file, for training:
+
+    python sample.py --task t2v --prompts prompts.txt --out data/mine
 """
 
 import dataclasses
@@ -22,9 +24,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ from torch import Tensor
 
 import checkpoint
 import cli
+import cost
 import data
 import flow
 import lora
@@ -45,6 +49,10 @@ EXAMPLES = Path("clips")
 # What `--preset` puts in place of the model's own settings: LoRAs that distil many steps into few ask for these.
 DISTILLED = {"lightx2v": {"steps": 4, "shift": 5.0, "guidance": 1.0, "guidance_2": None, "strength": 1.0}}
 VAE_BYTES = 2**32  # what encoding or decoding may take, beside weights and video
+TURN = 8  # clips that one of two experts does before the other is loaded
+# What may differ when a folder of clips is gone on with: where and how they are computed, not what they show. That the
+# prompts are the same is told by the captions.
+_MAY_CHANGE = {"out", "prompts", "device", "dtype", "offload", "compile", "preset", "no_lora"}
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,16 @@ class SampleConfig:
     model: str = cli.option("checkpoints/tiny", "folder or Hugging Face repository of a Wan text-to-video model")
     lora: tuple[str, ...] | None = cli.option(
         None,
-        "LoRAs, each PATH or PATH:STRENGTH; high=PATH or low=PATH is for one expert (default: the model folder's own)",
+        "LoRAs, each PATH or PATH:STRENGTH; high=PATH or low=PATH is for one expert (default: the model folder's own, "
+        "with --prompts none)",
         nargs="+",
         action="extend",
     )
     no_lora: bool = cli.option(False, "run the base model alone")
     prompt: str | None = cli.option(None, "what the video shows (default: the caption beside the clip)")
+    prompts: str | None = cli.option(
+        None, "t2v: file with a prompt a line; --out is a folder, which gets a clip of each, and may be gone on with"
+    )
     negative_prompt: str | None = cli.option(None, "what guidance leads away from (default: the model's)")
     image: tuple[str, ...] | None = cli.option(None, "image files; FILE@N is frame N of a video", nargs="+")
     video: tuple[str, ...] | None = cli.option(None, "video files", nargs="+")
@@ -82,7 +94,9 @@ class SampleConfig:
     dtype: str = cli.option("auto", "type of the transformer", choices=("auto", "float32", "bfloat16"))
     offload: bool = cli.option(False, "keep the weights in the CPU's memory, on the device one block at a time")
     compile: bool = cli.option(False, "compile the transformer: slow to start, then faster (needs a C++ compiler)")
-    out: str | None = cli.option(None, "mp4 or gif file (default: the next free outputs/TASK-NNN.mp4)")
+    out: str | None = cli.option(
+        None, "mp4 or gif file, with --prompts a folder (default: the next free outputs/TASK-NNN.mp4)"
+    )
     overwrite: bool = cli.option(False, "replace files that exist")
     dry_run: bool = cli.option(False, "print the tau table, the memory and the time it would take, and stop")
     plot: bool = cli.option(False, "also draw the tau table and a filmstrip of the denoising")
@@ -96,7 +110,9 @@ def resolve(config: SampleConfig) -> SampleConfig:
     """
     if config.from_json:
         kept = {name: getattr(config, name) for name in ("out", "overwrite", "dry_run")}
-        return dataclasses.replace(_recorded(config.from_json), **kept)
+        config = dataclasses.replace(_recorded(Path(config.from_json)), **kept)
+        cli.pick_device(config.device)
+        return config
     preset, task = checkpoint.load_preset(config.model), tasks.TASKS[config.task]
     preset = dataclasses.replace(preset, **DISTILLED.get(config.preset, {}))
 
@@ -113,17 +129,23 @@ def resolve(config: SampleConfig) -> SampleConfig:
         frames = 4 * round(config.seconds * fps / 4) + 1
 
     image, video, at, prompt = config.image, config.video, config.at, config.prompt
+    if config.prompts is not None and (config.task != "t2v" or prompt is not None or config.overwrite or config.plot):
+        raise ValueError(
+            "got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected none of them; "
+            "to make clips anew, choose another --out"
+        )
     if not image and not video and (task.images != 0 or task.videos):
         image, video, places = _example(config.task, frames)
         at = places if at is None else at
         prompt = _caption(EXAMPLES / "00000.mp4") if prompt is None else prompt
-    if prompt is None:
+    if prompt is None and config.prompts is None:
         source = (video or (EXAMPLES / "00000.mp4",))[0]
         prompt = _caption(Path(source)) if video or config.task in ("t2v", "stream") else ""
     if config.lora and config.no_lora:
         raise ValueError("got --lora and --no-lora, expected one of the two")
     own = checkpoint.find_model(config.model, parts=()) / "lora.safetensors"
-    loras = chosen(config.lora, () if config.no_lora or not own.exists() else (own.as_posix(),))
+    alone = config.no_lora or config.prompts is not None or not own.exists()
+    loras = chosen(config.lora, () if alone else (own.as_posix(),))
     loras = tuple(f"{entry}:{preset.strength:g}" if _parse_lora(entry)[2] is None else entry for entry in loras)
     boundary, guidance, guidance_2 = config.boundary, chosen(config.guidance, preset.guidance), config.guidance_2
     if checkpoint.has_two_experts(config.model):
@@ -150,16 +172,21 @@ def resolve(config: SampleConfig) -> SampleConfig:
     )  # fmt: skip
 
 
-def _recorded(path: str) -> SampleConfig:
+def _record(config: SampleConfig, path: Path) -> None:
+    record = {"settings": dataclasses.asdict(config), "torch": torch.__version__}
+    with cli.replacing(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _recorded(path: Path) -> SampleConfig:
     try:
-        entries = dict(json.loads(Path(path).read_text(encoding="utf-8"))["settings"])
+        entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
         config = SampleConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
         missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"got --from-json {path}, expected the JSON file beside a video made here: {error}") from None
-    cli.pick_device(config.device)
+        raise ValueError(f"{path} is no record of a run, expected a JSON file that sample.py wrote: {error}") from None
     return config
 
 
@@ -176,7 +203,7 @@ def _example(task: str, frames: int) -> tuple[tuple[str, ...], tuple[str, ...], 
 
 def _caption(clip: Path) -> str:
     beside = clip.with_suffix(".txt")
-    return beside.read_text(encoding="utf-8").strip() if beside.exists() else ""
+    return " ".join(beside.read_text(encoding="utf-8-sig").split()) if beside.exists() else ""
 
 
 @dataclass
@@ -200,14 +227,16 @@ def lay_out(config: SampleConfig) -> Job:
     window = F
     if config.task in ("extend", "prepend", "stream"):
         window = min(F, tasks.latent_frames(preset.frames))
-    first = tasks.plan(config.task, window, **counts, at=at, noise=noise, strength=config.strength)
+    # Of two experts each knows one range of noise levels, so frames cannot lag behind each other across the boundary.
+    stagger = 0.5 if config.boundary is None else 0.0
+    first = tasks.plan(config.task, window, **counts, at=at, noise=noise, strength=config.strength, stagger=stagger)
     # A window goes on from as many latents as the first was given, as noisy as those; `stream` may have had none.
     given = [position for slot in first.given for position in slot.positions]
     carried, carried_noise = (len(given), first.m[given].tolist()) if given else (4, (0.0,))
     plans, made = [first], window
     while made < F:
         ends = (0, carried) if backwards else (carried, 0)
-        plans.append(tasks.plan(config.task, window, clip_latents=ends, noise=carried_noise))
+        plans.append(tasks.plan(config.task, window, clip_latents=ends, noise=carried_noise, stagger=stagger))
         fresh = window - carried - backwards
         if fresh < 1:
             raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
@@ -237,8 +266,8 @@ def _numbers(flag: str, text: str | None, kind: type) -> list | None:
 def experts(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
     """Which transformer walks which part of a table (K+1, F), at which guidance: one, or "high" and then "low" noise.
 
-    Of two experts, the low-noise one takes the steps with σ_k < boundary. That σ is the step's own, before multipliers
-    and delays, so all frames change over together, conditions included.
+    Of two experts, the low-noise one takes the steps with σ_k < boundary. That σ is the step's own, before multipliers,
+    so all frames change over together, conditions included.
     """
     if config.boundary is None:
         return [("high", config.guidance, taus)]
@@ -297,8 +326,8 @@ def read_inputs(config: SampleConfig) -> dict[str, list[Tensor]]:
 
 
 @torch.no_grad()
-def encode_prompts(config: SampleConfig) -> tuple[Tensor, Tensor]:
-    """Embeddings (1, T, text_dim) of the prompt and of the negative one, on the device.
+def encode_prompts(config: SampleConfig, prompts: Sequence[str]) -> Iterator[Tensor]:
+    """Embeddings (1, T, text_dim) of each prompt, put on the device when it is their turn.
 
     Each prompt is encoded once ever: what comes of it is kept in $NANOPUSA_CACHE, or ~/.cache/nanopusa. Only for one
     that is not there the encoder is loaded, and it is gone when this returns.
@@ -314,12 +343,8 @@ def encode_prompts(config: SampleConfig) -> tuple[Tensor, Tensor]:
     # Another device, or type, gives other bits.
     name = f"{checkpoint.text_fingerprint(config.model)} {config.dtype} {torch.device(device).type}"
     folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
-    prompts = [config.prompt, config.negative_prompt]
-    positive, negative = (
-        functional.pad(context, (0, 0, 0, tokenizer.text_len - len(context)))[None].to(config.device)
-        for context in data.cached_embeddings(prompts, embed, name, folder)
-    )
-    return positive, negative
+    contexts = data.cached_embeddings(prompts, embed, name, folder)
+    return (functional.pad(c, (0, 0, 0, tokenizer.text_len - len(c)))[None].to(config.device) for c in contexts)
 
 
 @torch.no_grad()
@@ -337,14 +362,11 @@ def generate(
     """
     width, height = cli.parse_size(config.size)
     channels = checkpoint.load_config(config.model).in_dim
-    positive, negative = encode_prompts(config)
-    loaded: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}  # velocity of the expert whose turn it is
+    positive, negative = encode_prompts(config, [config.prompt, config.negative_prompt])
 
+    @_kept
     def velocity(expert: str, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        if expert not in loaded:
-            loaded.clear()
-            loaded[expert] = guided_velocity(load_expert(config, expert), positive, negative, guidance)
-        return loaded[expert]
+        return guided_velocity(load_expert(config, expert), positive, negative, guidance)
 
     generator = torch.Generator().manual_seed(config.seed)
     made = None
@@ -371,6 +393,50 @@ def generate(
     return made[:, :, : job.F]
 
 
+@torch.no_grad()
+def generate_each(
+    config: SampleConfig, taus: Tensor, prompts: dict[int, str], on_step: Callable[[int, Tensor], None] | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """For each numbered prompt, its number and the latents (1, 16, F, H, W) of a clip of its own seed, one at a time.
+
+    They are those that `generate` makes, but every part is loaded once: the text encoder for all prompts, then the
+    transformer, which stays. Two experts take turns at groups of clips, whose latents wait meanwhile.
+    """
+    width, height = cli.parse_size(config.size)
+    shape = (1, checkpoint.load_config(config.model).in_dim, taus.shape[1], height // 8, width // 8)
+    parts = experts(config, taus)
+    contexts = encode_prompts(config, [config.negative_prompt, *prompts.values()])
+    negative, clips = next(contexts), zip(prompts, contexts, strict=True)
+    transformer = _kept(partial(load_expert, config))
+    while group := dict(islice(clips, 1 if len(parts) == 1 else TURN)):
+        generators = [torch.Generator().manual_seed(clip_seed(config.seed, n)) for n in group]
+        zs = {n: torch.randn(shape, generator=g).to(config.device) for n, g in zip(group, generators, strict=True)}
+        for expert, guidance, part in parts:
+            for n, positive in group.items():
+                velocity = guided_velocity(transformer(expert), positive, negative, guidance)
+                zs[n] = flow.euler(velocity, zs[n], part, on_step)
+                del velocity  # it would keep its transformer while the next one is loaded
+        yield from zs.items()
+
+
+def clip_seed(seed: int, number: int) -> int:
+    """The seed of a clip of `--prompts`: with it, `--prompt` makes that clip alone."""
+    return seed * 1_000_003 + number
+
+
+def _kept(make: Callable) -> Callable:
+    """The same function, whose last result is kept for the same arguments, and gone before the next one is made."""
+    last = {}
+
+    def get(*arguments):
+        if arguments not in last:
+            last.clear()
+            last[arguments] = make(*arguments)
+        return last[arguments]
+
+    return get
+
+
 def edge(vae: WanVAE, made: Tensor, job: Job, window: int) -> Tensor:
     """The latents (1, 16, carried, H, W) that the next window, of `window` latents, takes over from those made so far.
 
@@ -385,7 +451,7 @@ def edge(vae: WanVAE, made: Tensor, job: Job, window: int) -> Tensor:
     newer = made[:, :, made.shape[2] - job.carried + older :]
     past = made[:, :, max(0, made.shape[2] - window) : made.shape[2] - newer.shape[2]]
     _, _, F, H, W = past.shape
-    sizes = _pieces(F, 8 * W, 8 * H)
+    sizes = pieces(F, 8 * W, 8 * H)
     pixels = vae.decode(past, *sizes)[:, :, -tasks.pixel_frames(older) :]
     return torch.cat([vae.encode(pixels, *sizes).to(made.dtype), newer], dim=2)
 
@@ -400,7 +466,7 @@ def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], l
     x0 = torch.zeros_like(like)
     for slot in plan.given:
         pixels = tasks.cut(slot, inputs[slot.source][slot.index]).to(like.device)
-        latents = vae.encode(pixels, *_pieces(tasks.latent_frames(slot.frames), *pixels.shape[:-3:-1]))
+        latents = vae.encode(pixels, *pieces(tasks.latent_frames(slot.frames), *pixels.shape[:-3:-1]))
         x0[:, :, list(slot.positions)] = latents[:, :, slot.drop :].to(like.dtype)
     return x0
 
@@ -431,10 +497,10 @@ def guided_velocity(
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
     """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W), piecewise if it is large."""
     _, _, F, H, W = latents.shape
-    return vae.decode(latents, *_pieces(F, 8 * W, 8 * H))[0].float().cpu()
+    return vae.decode(latents, *pieces(F, 8 * W, 8 * H))[0].float().cpu()
 
 
-def _pieces(F: int, width: int, height: int) -> tuple[int | None, int | None]:
+def pieces(F: int, width: int, height: int) -> tuple[int | None, int | None]:
     """How many latent frames the VAE takes at a time, and pixels a side: all (None) as long as `VAE_BYTES` suffice.
 
     By the size alone, not by the memory that is free, so that a run gives the same bits wherever it is repeated.
@@ -459,46 +525,18 @@ def given_frames(job: Job) -> list[bool]:
 
 
 def estimate(config: SampleConfig, job: Job) -> str:
-    """Memory and time of a run, from the sizes of the model's parts and a quarter of a second of matrix products."""
-    dtype, (width, height) = getattr(torch, config.dtype), cli.parse_size(config.size)
-    wan, vae, encoder = checkpoint.outline(config.model)
-    weights, layers, F, D = _count(wan), len(wan.blocks), len(job.plans[0].m), wan.config.dim
-    tokens = F * (width // 16) * (height // 16)
-    parts = [part for taus in job.taus for part in experts(config, taus)]
-    passes = sum((len(taus) - 1) * (1 if guidance == 1 else 2) for _, guidance, taus in parts)
-    flops = passes * (2 * weights * tokens + 4 * layers * tokens**2 * D)
-
-    a = torch.ones(512, 512, dtype=dtype, device=config.device)
-    a @ a
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.25:
-        (a @ a)[0, 0].item()
-        done += 1
-    speed = done * 2 * 512**3 / (time.perf_counter() - start)
-
-    size = dtype.itemsize
-    chunk, tile = _pieces(job.F, width, height)
+    """Memory and time that a run would take."""
+    width, height = cli.parse_size(config.size)
+    walks = [walk for taus in job.taus for walk in experts(config, taus)]
+    passes = sum((len(taus) - 1) * (1 if guidance == 1 else 2) for _, guidance, taus in walks)
+    passes *= len(data.read_prompts(config.prompts)) if config.prompts else 1
+    chunk, tile = pieces(job.F, width, height)
+    decoding = _decoding_bytes(chunk + 1 if chunk else job.F, tile or width, tile or height)
     video = 3 * 4 * tasks.pixel_frames(job.F) * width * height
-    part = _decoding_bytes(chunk + 1 if chunk else job.F, *((tile, tile) if tile else (width, height)))
-    prompts = 2 * 2 * layers * wan.config.text_len * D * size
-    around = 4 * _count(vae) + prompts + tokens * (8 * D + wan.config.ffn_dim) * size
-    visiting = weights - _count(wan.blocks) + 2 * _count(wan.blocks[0])
-    decoding = 4 * _count(vae) + video + part
-
-    def gib(*stages: float) -> str:
-        named = zip(("text encoder", "transformer", "VAE"), stages, strict=True)
-        return ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in named)
-
-    return (
-        f"{passes} passes of {weights / 1e6:.1f} M parameters over {tokens} tokens\n"
-        f"memory, one after another: {gib(size * _count(encoder), size * weights + around, decoding)}\n"
-        f"with --offload, on the device: {gib(0, size * visiting + around, decoding)}\n"
-        f"time: about {2 * flops / speed:.0f} s of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
-    )
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return cost.sampling(
+        checkpoint.outline(config.model), (len(job.plans[0].m), height // 8, width // 8), passes, decoding + video,
+        getattr(torch, config.dtype), config.device, stays=config.prompts is not None,
+    )  # fmt: skip
 
 
 def outputs(config: SampleConfig) -> dict[str, Path]:
@@ -528,13 +566,15 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     if config.dry_run:
         print("\n\n".join(tasks.table(taus) for taus in job.taus) + "\n\n" + estimate(config, job))
         return {}
+    for _, path, _ in map(_parse_lora, config.lora):
+        if not Path(path).is_file():
+            raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
+    if config.prompts is not None:
+        return sample_each(config, job)
     files = outputs(config)
     inputs = read_inputs(config)
     for slot in job.plans[0].given:
         tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
-    for _, path, _ in map(_parse_lora, config.lora):
-        if not Path(path).is_file():
-            raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
     vae = checkpoint.load_vae(checkpoint.find_model(config.model), device=config.device)
     progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
     states: list[Tensor] = []
@@ -552,14 +592,50 @@ def sample(config: SampleConfig) -> dict[str, Path]:
         data.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, config.task))
         rows = [(f"after step {k + 1}", decode(vae, z)) for k, z in enumerate(states)]
         data.save_image(files["denoising"], data.filmstrip(rows, height=48))
-    settings = dataclasses.replace(config, out=str(files["video"]), overwrite=False)
-    record = {"settings": dataclasses.asdict(settings), "torch": torch.__version__}
-    with cli.replacing(files["settings"]) as path:
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _record(dataclasses.replace(config, out=str(files["video"]), overwrite=False), files["settings"])
     print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
     for path in files.values():
         print(path)
     return files
+
+
+def sample_each(config: SampleConfig, job: Job) -> dict[str, Path]:
+    """Make the clips of `--prompts` that the folder `--out` lacks, and return the folder."""
+    prompts = data.read_prompts(config.prompts)
+    out = _clip_folder(config)
+    missing = data.missing_clips(out, prompts)
+    done, steps = len(prompts) - len(missing), len(job.taus[0]) - 1
+    progress = cli.Progress(len(prompts) * steps, "denoising", done * steps)
+    if missing:
+        vae = checkpoint.load_vae(checkpoint.find_model(config.model), device=config.device)
+        wanted = {n: prompts[n] for n in missing}
+        try:
+            for n, latents in generate_each(config, job.taus[0], wanted, lambda k, z: progress.step()):
+                _record(config, out / "settings.json")  # only now, as a run that fails before shall leave nothing
+                data.write_clip(out, n, decode(vae, latents), config.fps, prompts[n])
+                done += 1
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped at {done} of {len(prompts)} clips; the same command goes on") from None
+    print(out)
+    return {"clips": out}
+
+
+def _clip_folder(config: SampleConfig) -> Path:
+    """The folder of `--prompts`. Raises ValueError if it holds anything else than a run with these settings began."""
+    out = Path(config.out or "a.mp4")
+    if out.is_file() or out.suffix in (".mp4", ".gif"):
+        raise ValueError(f"got {config.out} as --out of --prompts, expected a folder for the clips, such as data/mine")
+    if (out / "settings.json").is_file():
+        begun = _recorded(out / "settings.json")
+        for name, now in vars(config).items():
+            before = getattr(begun, name)
+            if name not in _MAY_CHANGE and before != now:
+                flag = name.replace("_", "-")
+                raise ValueError(f"got {now} as --{flag}, but the clips in {out} began with {before}; repeat that, or "
+                                 "choose another --out")  # fmt: skip
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ValueError(f"got --out {out}, which holds other files, expected a new folder or one that --prompts began")
+    return out
 
 
 def main() -> None:

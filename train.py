@@ -6,6 +6,7 @@ velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddin
     python train.py --data clips/                                    a Pusa LoRA on the embedded model, in minutes
     python train.py --data clips/ --full --from-scratch --p-async 0  text-to-video pretraining
     python train.py --data clips/ --rank 512 --dry-run               what a run would see and need
+    torchrun --nproc-per-node 8 train.py --data clips/               on eight GPUs, see `distributed.py`
 
 A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
 `--resume` as if it had not been: on one machine with the same number of threads, its LoRA is the same to the byte.
@@ -29,13 +30,16 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import checkpoint
 import cli
+import cost
 import data
+import distributed
 import flow
 import lora
 import report
 import resume
 import sample
 import tasks
+import text
 from model import Wan
 
 
@@ -60,6 +64,10 @@ class TrainConfig:
     shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's")
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
     drop_caption: float = cli.option(0.1, "probability of training without the caption, which guidance needs")
+    expert: str | None = cli.option(
+        None, "which of Wan2.2's two transformers to train, by noise levels of its range", choices=("high", "low")
+    )
+    boundary: float | None = cli.option(None, "with --expert: noise level that parts the two (default: the model's)")
     full: bool = cli.option(False, "train all weights of the transformer instead of a LoRA")
     from_scratch: bool = cli.option(False, "with --full: start from random weights, and train the text encoder too")
     muon: bool = cli.option(False, "with --full: train the blocks' matrices by Muon, faster from scratch than AdamW")
@@ -90,7 +98,7 @@ class Dataset(NamedTuple):
     latents: list[Tensor]
     prompts: list[str]  # of each window
     context: Callable[[list[str]], Tensor]  # prompts → (B, T, text_dim)
-    validation: list[int]  # windows of clips that no training step sees
+    validation: list[int]  # a window of each clip that no training step sees
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
     digest: str = ""  # of everything above
     skipped: tuple[data.Skipped, ...] = ()
@@ -106,17 +114,22 @@ def train(config: TrainConfig) -> Path:
 
     encoder = checkpoint.load_text_encoder(config.model, _stored(config), device).requires_grad_(config.from_scratch)
     clips = prepare(config, encoder)
-    transformer = checkpoint.load_transformer(config.model, _stored(config), device)
+    if not config.from_scratch:
+        encoder = None  # umT5-xxl takes 11 GB, and all that it has to say is in the cache
+    transformer = _base(config)
     torch.manual_seed(config.seed)
     if config.from_scratch:
         transformer.init_weights()
         encoder.float().init_weights()
-    inputs = {"clips": clips.digest, "base model": data.fingerprint(transformer)}
-    trained = trainable(transformer, config) + (list(encoder.parameters()) if config.from_scratch else [])
-    if not config.from_scratch:
-        encoder = None  # umT5-xxl takes 11 GB, and all that it has to say is in the cache
+    base = data.fingerprint(transformer) if distributed.rank() == 0 else None
+    inputs = {"clips": clips.digest, "base model": distributed.agreed(base)}
+    trainable(transformer, config)
     if config.gradient_checkpointing:
         recompute_blocks(transformer)
+    if distributed.size() > 1:
+        shard(transformer, encoder, device)
+    models = [transformer, encoder] if config.from_scratch else [transformer]
+    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     network = torch.compile(transformer, dynamic=False) if config.compile else transformer
     optimizers = make_optimizers(config, trained, transformer)
     run = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
@@ -131,11 +144,12 @@ def train(config: TrainConfig) -> Path:
             begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
-            for part in range(config.accumulate):
+            for part in range(distributed.rank(), config.accumulate * distributed.size(), distributed.size()):
                 with _autocast(device, dtype):
                     share = step_loss(network, clips, config, step, device, part)
-                share.backward()
+                (share * distributed.size()).backward()  # gradients become the mean over the processes
                 loss += share.item()
+            loss = distributed.total(loss, device)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss} at step {step}; start again with a lower --lr and another --out")
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -146,13 +160,15 @@ def train(config: TrainConfig) -> Path:
             done, last = step + 1, step + 1 == config.steps
             figures = _account(run, config, clips, transformer, step, loss, time.monotonic() - begun)
             if config.val_every and (last or done % config.val_every == 0):
-                figures |= validate(network, clips, device, dtype, math.ceil(config.batch / config.accumulate))
+                batch = math.ceil(config.batch / (config.accumulate * distributed.size()))
+                validation = validate(network, clips, device, dtype, batch, noise_range(config))
+                figures |= distributed.agreed(validation)
                 _keep_best(config, clips, transformer, figures, run)
             resume.log(out, board, {**run, "lr": lr, **figures})
             progress.step(smooth=run["smooth"], lr=lr, **figures)
             if config.sample_every and done % config.sample_every == 0:
                 _filmstrip(config, transformer, clips, out / f"step-{done:06d}.png")
-            stop = stopping()
+            stop = distributed.total(stopping(), device)  # if one is asked to, all do
             if last or stop or (config.save_every and done % config.save_every == 0):
                 resume.save_state(out, config.keep, vars(config), inputs, run, trained, optimizers)
             if stop and not last:
@@ -161,8 +177,27 @@ def train(config: TrainConfig) -> Path:
     result = _write_result(config, transformer, encoder, clips)
     _filmstrip(config, transformer, clips, out / "filmstrip.png")
     _tell_skipped(clips.skipped)
-    print(f"{result}\n{out / 'filmstrip.png'}\n{report.write(out)}")
+    if distributed.rank() == 0:
+        print(f"{result}\n{out / 'filmstrip.png'}\n{report.write(out)}")
     return result
+
+
+def _base(config: TrainConfig) -> Wan:
+    """The transformer to start from. Of several processes the first has it, on the CPU, the others its outline."""
+    if distributed.rank() > 0:
+        return checkpoint.outline(config.model)[0]
+    device = config.device if distributed.size() == 1 else "cpu"
+    return checkpoint.load_transformer(config.model, _stored(config), device, config.expert or "high")
+
+
+def shard(transformer: Wan, encoder: nn.Module | None, device: str) -> None:
+    """Share the parameters out over the processes, to be put together a block at a time."""
+    units = []
+    for block in transformer.blocks:  # the prompt's keys and values are computed before and apart from the rest of it
+        units += [[block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k], block]
+    distributed.shard(transformer, units, device)
+    if encoder:
+        distributed.shard(encoder, [], device)
 
 
 def make_optimizers(config: TrainConfig, trained: list[nn.Parameter], transformer: Wan) -> list[torch.optim.Optimizer]:
@@ -183,8 +218,9 @@ def rate(step: int, steps: int) -> float:
 
 
 def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int, device: str, part: int = 0) -> Tensor:
-    """The FAFM loss of one step's batch, or of one of its `--accumulate` parts, whose sum is that of the batch.
+    """The FAFM loss of one part of a step's batch; the sum over all parts is that of the batch.
 
+    Each process takes `--accumulate` parts. A part counts by its windows, of which one may have more than another.
     Everything that is drawn follows from the seed and the step, and is drawn for the whole batch whatever the part.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -194,17 +230,25 @@ def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int
     dropped = (torch.rand(B, generator=generator) < config.drop_caption).tolist()
     prompts = ["" if drop else clips.prompts[i] for drop, i in zip(dropped, picked, strict=True)]
     x1 = torch.randn(x0.shape, generator=generator)
-    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator)
+    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator, within=noise_range(config))
 
-    mine = slice(part, None, config.accumulate)
+    mine = slice(part, None, config.accumulate * distributed.size())
     context = clips.context(prompts[mine])
     x0, x1, tau = (whole[mine].to(device) for whole in (x0, x1, tau))
     velocity = network(flow.interpolate(x0, x1, tau), tau, context)
     return flow.fafm_loss(velocity, x0, x1, tau, config.weighting) * (len(x0) / B)
 
 
+def noise_range(config: TrainConfig) -> tuple[float, float]:
+    """The lowest and the highest noise level that a frame is trained at: of two experts, each has its own side."""
+    return {None: (0.0, 1.0), "high": (config.boundary, 1.0), "low": (0.0, config.boundary)}[config.expert]
+
+
 @torch.no_grad()
-def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, float]:
+def validate(
+    network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16,
+    within: tuple[float, float] = (0.0, 1.0),
+) -> dict[str, float]:  # fmt: skip
     """Figures on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
 
     The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
@@ -213,15 +257,19 @@ def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype
     `copy` asks what the network takes from a clean frame: with the first at τ = 0 and all others pure noise, it is the
     mean squared error of the frame next to the clean one as predicted in a single step, x1 - v, against the data. 0 is
     that frame to the bit; what the prompt alone tells leaves about the variance of the latents, which is 1.
+
+    within: the lowest and highest τ of an expert's noisy frames; its `copy` starts from the highest, x - τ·v.
     """
+    low, high = within
     shown = clips.validation[:16]
     V, F = len(shown), clips.latents[shown[0]].shape[1]
     generator = torch.Generator().manual_seed(0)
     x1s = [torch.randn(clips.latents[i].shape, generator=generator) for i in shown]
     together = ((torch.arange(V) + 0.5) / V)[:, None].expand(V, F)  # evenly over [0, 1]
-    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together.clone()}
+    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together}
     if F > 1:
         taus["copy"] = torch.ones(V, F)
+    taus = {name: low + (high - low) * levels for name, levels in taus.items()}
     for name in taus.keys() & {"clean", "copy"}:
         taus[name][:, 0] = 0
     figures = dict.fromkeys(taus, 0.0)
@@ -232,10 +280,11 @@ def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype
             context = clips.context([clips.prompts[shown[i]] for i in members])
             for name, levels in taus.items():
                 tau = levels[members].to(device)
+                x = flow.interpolate(x0, x1, tau)
                 with _autocast(device, dtype):
-                    velocity = network(flow.interpolate(x0, x1, tau), tau, context)
+                    velocity = network(x, tau, context)
                 if name == "copy":
-                    error = (x1 - velocity - x0)[:, :, 1].square().mean()
+                    error = (x - high * velocity - x0)[:, :, 1].square().mean()
                 else:
                     error = flow.fafm_loss(velocity, x0, x1, tau)
                 figures[name] += error.item() * len(members) / V
@@ -243,22 +292,19 @@ def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype
 
 
 def prepare(config: TrainConfig, encoder: nn.Module) -> Dataset:
-    """Encode all clips, or read what an earlier run encoded, and set one in ten (at most 64) apart for validation."""
+    """Encode all clips, or read what an earlier run encoded, and set one in ten (at most 16) apart for validation."""
     device, cache = config.device, Path(config.cache or Path(config.data) / ".cache")
     found, sources, skipped, frames, fps = _survey(config)
     vae, tokenizer = checkpoint.load_vae(config.model, device=device), checkpoint.load_tokenizer(config.model)
 
     def encode(window: Tensor) -> Tensor:
-        large = window.numel() >= 2**23  # then one latent frame at a time
         with _autocast(device, getattr(torch, config.dtype)):
-            return vae.encode(window.to(device), 1 if large else None)
+            return vae.encode(window.to(device), *sample.pieces(tasks.latent_frames(frames), *window.shape[:-3:-1]))
 
-    def embed(prompts: list[str]) -> Tensor:
-        ids, mask = tokenizer(prompts)
-        return encoder(ids.to(device), mask.to(device))
-
+    embed = partial(text.embed, tokenizer, encoder)
     keys = data.latent_keys(sources, frames, fps, f"{data.fingerprint(vae)} {config.dtype}")
-    encoded, damaged = data.cached_latents(sources, keys, frames, fps, encode, cache)
+    for share in distributed.shares():
+        encoded, damaged = data.cached_latents(sources[share], keys[share], frames, fps, encode, cache)
     skipped += damaged
     if damaged:
         _tell_skipped(damaged)
@@ -271,7 +317,9 @@ def prepare(config: TrainConfig, encoder: nn.Module) -> Dataset:
         vocabulary = hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest()
         prompts = sorted({source.clip.caption for source, _, _ in usable} | {""})
         name = f"{data.fingerprint(encoder)} {vocabulary} {tokenizer.text_len}"
-        known = dict(zip(prompts, data.cached_embeddings(prompts, embed, name, cache), strict=True))
+        for share in distributed.shares():
+            embeddings = data.cached_embeddings(prompts[share], embed, name, cache)
+        known = dict(zip(prompts, embeddings, strict=True))
 
         def context(prompts: list[str]) -> Tensor:
             return torch.stack([known[prompt] for prompt in prompts]).to(device)
@@ -282,9 +330,10 @@ def prepare(config: TrainConfig, encoder: nn.Module) -> Dataset:
         latents += pieces
         captions += [source.clip.caption] * len(pieces)
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held = min(64, len(usable) // 10)
+    held = min(16, len(usable) // 10)
     # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
-    validation, training = ([i for k in ks for i in windows[k]] for ks in (order[:held] or order, order[held:]))
+    validation = [windows[k][0] for k in order[:held] or order]
+    training = [i for k in order[held:] for i in windows[k]]
     digest = hashlib.sha256(json.dumps([(source.clip.caption, key) for source, key, _ in usable]).encode()).hexdigest()
     return Dataset(
         latents, captions, context, validation, data.by_shape(latents, training), digest[:16], tuple(skipped)
@@ -345,20 +394,20 @@ def rehearse(config: TrainConfig) -> str:
     width, height = max(buckets, key=math.prod)
     shape = (transformer.in_dim, tasks.latent_frames(frames), height // 8, width // 8)
     each = math.ceil(config.batch / config.gpus / config.accumulate)
-    stored = _stored(config) or torch.bfloat16  # of files whose type is kept, all that are published in one
+    stored = _stored(config)
     plain, thrifty = (
-        report.memory(
+        cost.memory(
             transformer, partial(trainable, config=config), recompute, (each, *shape),
             stored, getattr(torch, config.dtype), config.gpus,
         )
         for recompute in (None, recompute_blocks)
     )  # fmt: skip
-    flops = config.steps * config.batch * report.window_flops(transformer, shape, rank, config.gradient_checkpointing)
+    flops = config.steps * config.batch * cost.window_flops(transformer, shape, rank, config.gradient_checkpointing)
     trained = plain.trained * config.gpus / 4
     others = plain.weights * config.gpus / stored.itemsize
     lines += [
         f"{trained / 1e6:.2f} M trainable parameters, {others / 1e6:.2f} M frozen",
-        f"{config.steps} steps of {config.batch} windows of up to {report.tokens(shape)} tokens: {flops:.3g} FLOP",
+        f"{config.steps} steps of {config.batch} windows of up to {cost.tokens(shape)} tokens: {flops:.3g} FLOP",
         f"memory of {f'each of {config.gpus} GPUs' if config.gpus > 1 else 'the device'}, windows at a time: {each}",
         "                    plain      with --gradient-checkpointing",
     ]
@@ -369,7 +418,8 @@ def rehearse(config: TrainConfig) -> str:
 
 
 def _facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:
-    gpu = torch.device(config.device).type == "cuda"
+    gpu, many = torch.device(config.device).type == "cuda", distributed.size()
+    device = torch.cuda.get_device_name(config.device) if gpu else f"CPU, threads: {torch.get_num_threads()}"
     return {
         "base": config.model,
         "parameters": sum(p.numel() for p in transformer.parameters()),
@@ -377,7 +427,7 @@ def _facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[
         "windows": len(clips.latents),
         "buckets": len(clips.training),
         "dataset": clips.digest,
-        "device": torch.cuda.get_device_name(config.device) if gpu else f"CPU, threads: {torch.get_num_threads()}",
+        "device": f"{many} x {device}" if many > 1 else device,
         "skipped": [(path.name, reason) for path, reason in clips.skipped],
     }
 
@@ -391,9 +441,9 @@ def _account(
     run["step"] = step + 1
     run["smooth"] = loss if step == 0 else 0.98 * run["smooth"] + 0.02 * loss
     run["seconds"] += seconds
-    run["flops"] += config.batch * report.window_flops(transformer.config, shape, rank, again)
+    run["flops"] += config.batch * cost.window_flops(transformer.config, shape, rank, again)
     speed = config.batch / seconds
-    return {"loss": loss, "samples/s": speed, "tokens/s": speed * report.tokens(shape)}
+    return {"loss": loss, "samples/s": speed, "tokens/s": speed * cost.tokens(shape)}
 
 
 def _keep_best(config: TrainConfig, clips: Dataset, transformer: Wan, figures: dict, run: dict) -> None:
@@ -407,27 +457,56 @@ def _keep_best(config: TrainConfig, clips: Dataset, transformer: Wan, figures: d
 
 def _save_lora(config: TrainConfig, clips: Dataset, transformer: Wan, step: int, name: str) -> Path:
     path = Path(config.out) / name
-    metadata = {"steps": str(step), "dataset": clips.digest}
-    lora.save(path, lora.extract(transformer), base=config.model, metadata=metadata)
+    metadata = {"steps": str(step), "dataset": clips.digest} | ({"expert": config.expert} if config.expert else {})
+    transformer = _gathered(config, transformer, 0)
+    if distributed.rank() == 0:
+        lora.save(path, lora.extract(transformer), base=config.model, metadata=metadata)
     return path
+
+
+def _gathered(config: TrainConfig, model: nn.Module, part: int) -> nn.Module:
+    """A part of the pipeline with whole parameters; of several processes, the first one gets those that are trained."""
+    if distributed.size() == 1:
+        return model
+    outline = checkpoint.outline(config.model)
+    trainable(outline[0], config)
+    return distributed.gathered(model, outline[part])
 
 
 def _write_result(config: TrainConfig, transformer: Wan, encoder: nn.Module | None, clips: Dataset) -> Path:
     if not config.full:
         return _save_lora(config, clips, transformer, config.steps, "lora.safetensors")
+    transformer = _gathered(config, transformer, 0)
+    encoder = encoder and _gathered(config, encoder, 2)
     result, preset = Path(config.out) / "model", checkpoint.load_preset(config.model)
+    if distributed.rank() > 0:
+        return result
     vae, tokenizer = checkpoint.load_vae(config.model), checkpoint.load_tokenizer(config.model)
     encoder = encoder or checkpoint.load_text_encoder(config.model)
-    checkpoint.save_pipeline(result, transformer, vae, encoder, tokenizer, preset.shift)
+    experts = {config.expert or "high": transformer}
+    if config.expert:
+        other = "low" if config.expert == "high" else "high"
+        experts[other] = checkpoint.load_transformer(config.model, expert=other)
+    checkpoint.save_pipeline(
+        result, experts["high"], vae, encoder, tokenizer, preset.shift,
+        transformer_2=experts.get("low"), boundary=preset.boundary,
+    )  # fmt: skip
     checkpoint.save_preset(result, preset)
     return result
 
 
 @torch.no_grad()
 def _filmstrip(config: TrainConfig, transformer: Wan, clips: Dataset, path: Path) -> None:
-    """Two validation clips beside what the network makes of their first latent, and of their prompt alone."""
+    """Two validation clips beside what the network makes of their first latent, and of their prompt alone.
+
+    Of two experts, the one that is trained walks its own steps: "high" then goes to the end at once, "low" begins from
+    the clip, noised to where its steps begin.
+    """
     vae = checkpoint.load_vae(config.model, device=config.device)
     preset = checkpoint.load_preset(config.model)
+    sigma, (low, high) = flow.sigma_schedule(preset.steps, preset.shift), noise_range(config)
+    mine = (low <= sigma) & (sigma < high if config.expert == "low" else sigma <= 1)
+    mine[-1] = True
     rows, marks = [], []
     for index in clips.validation[:2]:
         x0 = clips.latents[index][None].to(config.device)
@@ -437,12 +516,13 @@ def _filmstrip(config: TrainConfig, transformer: Wan, clips: Dataset, path: Path
         rows.append((f"clip: {clips.prompts[index]}", sample.decode(vae, x0)))
         marks.append([True] * tasks.pixel_frames(F))
         for name, m in (("from its first frame", [0.0] + [1.0] * (F - 1)), ("from its prompt", [1.0] * F)):
-            taus = tasks.tau_schedule(m, preset.steps, preset.shift).to(config.device)
-            keys = transformer.prompt_keys(context)
-            z = flow.euler(lambda z, t, keys=keys: transformer(z, t, keys), flow.interpolate(x0, x1, taus[:1]), taus)
+            taus = tasks.tau_schedule(m, preset.steps, preset.shift)[mine].to(config.device)
+            start = flow.interpolate(x0, x1, taus[:1])
+            z = flow.euler(lambda z, t, context=context: transformer(z, t, context), start, taus)
             rows.append((name, sample.decode(vae, z)))
             marks.append([m[tasks.latent_index(n, tasks.pixel_frames(F))] == 0 for n in range(tasks.pixel_frames(F))])
-    data.save_image(path, data.filmstrip(rows, marks=marks))
+    if distributed.rank() == 0:
+        data.save_image(path, data.filmstrip(rows, marks=marks))
 
 
 def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
@@ -450,9 +530,9 @@ def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
-def _stored(config: TrainConfig) -> torch.dtype | None:
-    """The type to hold weights in, None for the file's: frozen ones that compute in bf16 need not be finer."""
-    return None if config.dtype == "bfloat16" and not config.full else torch.float32
+def _stored(config: TrainConfig) -> torch.dtype:
+    """The type to hold weights in: frozen ones need not be finer than they compute."""
+    return torch.float32 if config.full else getattr(torch, config.dtype)
 
 
 def _checked(config: TrainConfig) -> TrainConfig:
@@ -460,8 +540,13 @@ def _checked(config: TrainConfig) -> TrainConfig:
     for name in ("rank", "steps", "batch", "accumulate", "keep", "gpus"):
         if getattr(config, name) < 1:
             raise ValueError(f"got --{name} {getattr(config, name)}, expected at least 1")
-    if config.accumulate > config.batch:
-        raise ValueError(f"got --accumulate {config.accumulate} for --batch {config.batch}, expected at most as many")
+    many = f" on {distributed.size()} processes" if distributed.size() > 1 else ""
+    if config.accumulate * distributed.size() > config.batch:
+        parts = f"--accumulate {config.accumulate}{many}"
+        raise ValueError(f"got {parts} for --batch {config.batch}, expected a window for each part")
+    for flag in ("muon", "compile"):
+        if many and getattr(config, flag):
+            raise ValueError(f"got --{flag}{many}, expected a single one; leave it out")
     if config.alpha is not None and not 0 < config.alpha < math.inf:
         raise ValueError(f"got --alpha {config.alpha:g}, expected a positive number, such as the rank")
     if not 0 < config.lr < 1:
@@ -475,17 +560,37 @@ def _checked(config: TrainConfig) -> TrainConfig:
         raise ValueError("got --from-scratch without --full: a LoRA needs trained weights under it; add --full")
     if config.muon and not config.full:
         raise ValueError("got --muon without --full: Muon is for whole matrices, not for a LoRA's pairs; add --full")
+    boundary = _boundary(config)
     device = cli.pick_device(config.device)
     dtype = str(cli.pick_dtype(config.dtype, device)).removeprefix("torch.")
-    return dataclasses.replace(config, device=device, dtype=dtype)
+    return dataclasses.replace(config, device=device, dtype=dtype, boundary=boundary)
+
+
+def _boundary(config: TrainConfig) -> float | None:
+    """Where the noise levels of two experts meet, None for a single transformer."""
+    if checkpoint.has_two_experts(config.model) != (config.expert is not None):
+        advice = "leave out --expert" if config.expert else "choose one of them by --expert high or --expert low"
+        raise ValueError(f"{config.model} has {'one transformer' if config.expert else 'two experts'}; {advice}")
+    if config.expert is None:
+        if config.boundary is not None:
+            raise ValueError("got --boundary without --expert, expected both or neither")
+        return None
+    if config.from_scratch:
+        raise ValueError("got --from-scratch with --expert: the other expert would not know the new text encoder")
+    boundary = checkpoint.load_preset(config.model).boundary if config.boundary is None else config.boundary
+    if not 0 < boundary < 1:
+        raise ValueError(f"got --boundary {boundary}, expected a noise level between 0 and 1, such as 0.875")
+    return boundary
 
 
 def main() -> None:
     config = cli.parse(TrainConfig, __doc__)
-    if config.dry_run:
-        print(rehearse(config))
-    else:
-        train(config)
+    with distributed.joined(config.device) as device:
+        config = dataclasses.replace(config, device=device)
+        if config.dry_run:
+            print(rehearse(config))
+        else:
+            train(config)
 
 
 if __name__ == "__main__":

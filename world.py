@@ -194,17 +194,11 @@ def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
 
 def write(folder: Path | str, count: int, seed: int, unseen: bool = False) -> None:
     """Write `count` clips as mp4 with a caption beside each; clips that are there already are kept."""
-    folder = Path(folder)
-    progress = cli.Progress(count, "clips")
-    for index, scene in enumerate(scenes(count, seed, unseen)):
-        clip = folder / f"{index:05d}.mp4"
-        beside = clip.with_suffix(".txt")
-        if not beside.exists():
-            data.write_video(clip, render(scene), FPS)
-            with cli.replacing(beside) as caption:
-                caption.write_text(scene.caption + "\n", encoding="utf-8")
-        elif beside.read_text(encoding="utf-8").strip() != scene.caption:
-            raise ValueError(f"{beside} has the caption of another clip; choose another --out, or the --seed it is of")
+    wanted = list(scenes(count, seed, unseen))
+    missing = data.missing_clips(folder, [scene.caption for scene in wanted])
+    progress = cli.Progress(count, "clips", count - len(missing))
+    for index in missing:
+        data.write_clip(folder, index, render(wanted[index]), FPS, wanted[index].caption)
         progress.step()
 
 

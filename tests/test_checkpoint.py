@@ -480,6 +480,17 @@ def test_one_transformer_has_no_low_expert(copied, original):
             load_transformer(folder, expert="low")
 
 
+@torch.no_grad()
+def test_two_experts_are_written_as_diffusers_has_them(small, other, tmp_path):
+    save_pipeline(tmp_path, small.transformer, small.vae, small.text_encoder, small.tokenizer, 3.0, None, other, 0.8)
+    loaded, pipe = load_pipeline(tmp_path), WanPipeline.from_pretrained(tmp_path)
+    equal(loaded.transformer, small.transformer)
+    equal(loaded.transformer_2, other)
+    assert loaded.preset.boundary == pipe.config.boundary_ratio == 0.8
+    x, tau, context = torch.randn(1, 16, 2, 4, 4), torch.tensor([0.3]), torch.randn(1, 10, 24)
+    close(other(x, tau, context), pipe.transformer_2(x, 1000 * tau, context, return_dict=False)[0])
+
+
 # ComfyUI's single files.
 
 
@@ -518,6 +529,32 @@ def test_other_parts_are_beside_a_single_file(small, single, tmp_path):
     assert (loaded.tokenizer.text_len, loaded.preset.steps, loaded.name) == (512, 7, "wan.safetensors")
     shutil.copytree(small.folder, tmp_path / "folder")
     equal(load_vae(shutil.copy(path, tmp_path / "folder")), small.vae)
+
+
+def test_two_experts_as_single_files(small, single, tmp_path):
+    """ComfyUI's Wan2.2 is two files; each is put into the folder of its expert, under any name."""
+    write_beside(tmp_path, small)
+    low = {name: -tensor for name, tensor in single.items()}
+    for expert, name, state in (("high", "wan2.2_high.safetensors", fp8(single)), ("low", "b.safetensors", low)):
+        (tmp_path / f"{expert}_noise_model").mkdir()
+        save_file(state, tmp_path / f"{expert}_noise_model" / name)
+    loaded = load_pipeline(tmp_path, torch.float32)
+    assert loaded.transformer.config == loaded.transformer_2.config == load_config(tmp_path) == SINGLE
+    assert loaded.preset == Preset(size=(1280, 720))
+    for name, tensor in single.items():
+        assert torch.equal(loaded.transformer_2.state_dict()[name], -tensor)
+        assert (loaded.transformer.state_dict()[name] - tensor).norm() < 0.05 * tensor.norm()
+    low_file = tmp_path / "low_noise_model" / "b.safetensors"
+    save_file(low | patched(36), low_file)
+    load_transformer(tmp_path)
+    with pytest.raises(ValueError, match="image-conditioned"):
+        load_transformer(tmp_path, expert="low")
+    save_file({"x": torch.zeros(2)}, low_file)
+    with pytest.raises(ValueError, match="low_noise_model/b.safetensors are not Wan2.1's"):
+        load_transformer(tmp_path, expert="low")
+    shutil.copy(low_file, low_file.with_name("c.safetensors"))  # which of the two is meant?
+    with pytest.raises(ValueError, match="has no low_noise_model/config.json"):
+        load_transformer(tmp_path, expert="low")
 
 
 def fp8(state, kind=torch.float8_e4m3fn, rows=False):

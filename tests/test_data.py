@@ -271,6 +271,33 @@ def test_captions_line_by_line(tmp_path):
         data.find_clips(tmp_path)
 
 
+def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red  circle\n\n   \n a blue square\t\r\na red circle", encoding="utf-8")
+    assert data.read_prompts(path) == ["a red circle", "a blue square", "a red circle"]
+    for content in (b"", b" \n\n", b"\xff\xfe\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"prompts.txt .*expected a (text file with a )?prompt in each line"):
+            data.read_prompts(path)
+    with pytest.raises(ValueError, match="cannot read .*none.txt"):
+        data.read_prompts(tmp_path / "none.txt")
+
+
+def test_a_clip_without_its_caption_is_missing(tmp_path):
+    captions = ["a", "b", "c"]
+    assert data.missing_clips(tmp_path / "new", captions) == [0, 1, 2]
+    for number in (0, 2):
+        data.write_clip(tmp_path, number, moving(5), 16, captions[number])
+    assert data.missing_clips(tmp_path, captions) == [1]
+    assert found(tmp_path) == {"00000.mp4": "a", "00002.mp4": "c"}
+    (tmp_path / "00000.txt").unlink()
+    (tmp_path / "00002.mp4").unlink()
+    assert data.missing_clips(tmp_path, captions) == [0, 1, 2]
+    data.write_clip(tmp_path, 1, moving(5), 16, "another")
+    with pytest.raises(ValueError, match="00001.txt has the caption of another clip"):
+        data.missing_clips(tmp_path, captions)
+
+
 # What can be trained on
 
 

@@ -44,7 +44,7 @@ CONFIGS = {
     "lora.py": lora.LoRAConfig, "report.py": report.ReportConfig,
 }  # fmt: skip
 SHORTER = {"train.py": ["--steps", "2"], "world.py": ["--count", "2"]}
-OTHERS_FLAGS = {"--index-url"}  # of pip
+OTHERS_FLAGS = {"--index-url", "--nproc-per-node"}  # of pip and torchrun
 
 # Named in the README, but made by its commands or by the reader, or part of other people's folders.
 MADE_IN = ("outputs/", "runs/", "data/world", ".cache/")

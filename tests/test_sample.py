@@ -18,6 +18,7 @@ import lora
 import sample
 import tasks
 import text
+import train
 from model import Wan
 from sample import SampleConfig
 from text import UMT5Encoder
@@ -132,7 +133,7 @@ def test_what_is_left_open_is_written_down(run, model, tmp_path):
     assert run("--task", "extend").status == 0
     settings = _settings(tmp_path / "out" / "a.json")
     open_still = {name for name, value in settings.items() if value is None}
-    assert open_still == {"seconds", "at", "from_json", "preset", "boundary", "guidance_2"}
+    assert open_still == {"seconds", "at", "from_json", "preset", "prompts", "boundary", "guidance_2"}
     assert settings["lora"] == [f"{(model / 'lora.safetensors').as_posix()}:1"]
     chosen = ("size", "frames", "steps", "shift", "guidance", "noise", "fps")
     assert [settings[name] for name in chosen] == ["32x32", FRAMES, 3, 3.0, 2.0, "0", 16.0]
@@ -482,15 +483,15 @@ def test_compile_compiles_every_block(run, monkeypatch, tmp_path):
 
 
 def test_a_large_frame_goes_through_the_vae_in_pieces(model, monkeypatch):
-    assert sample._pieces(9, 64, 64) == (None, None)
-    assert sample._pieces(21, 832, 480) == (1, None)
-    assert sample._pieces(21, 1280, 720) == (1, 512)
+    assert sample.pieces(9, 64, 64) == (None, None)
+    assert sample.pieces(21, 832, 480) == (1, None)
+    assert sample.pieces(21, 1280, 720) == (1, 512)
     for F, size in ((21, (1280, 720)), (1, (4096, 4096)), (200, (832, 480)), (9, (64, 64))):
-        chunk, tile = sample._pieces(F, *size)
+        chunk, tile = sample.pieces(F, *size)
         assert sample._decoding_bytes(chunk + 1 if chunk else F, *((tile, tile) if tile else size)) <= sample.VAE_BYTES
     config = sample.resolve(SampleConfig(task="i2v", model=str(model), dtype="float32", size="64x64", frames=9))
     job, vae, widths = sample.lay_out(config), checkpoint.load_vae(model), {"encoder": set(), "decoder": set()}
-    monkeypatch.setattr(sample, "_pieces", lambda F, width, height: (1, 32))
+    monkeypatch.setattr(sample, "pieces", lambda F, width, height: (1, 32))
     for name, seen in widths.items():
         conv = getattr(vae, name).conv1
         conv.register_forward_pre_hook(lambda _, x, seen=seen: seen.add(x[0].shape[-1]))
@@ -517,6 +518,24 @@ def test_dry_run_tells_the_memory_of_each_stage_from_configs_alone(run, made, mo
 
 
 # Two experts.
+
+
+def write_original(folder, model, shards=1):
+    """A transformer as the authors of Wan publish theirs."""
+    wan = checkpoint.load_transformer(model)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(wan.config)))
+    state, stem = wan.state_dict(), "diffusion_pytorch_model"
+    for i in range(shards):
+        name = f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else f"{stem}.safetensors"
+        save_file({name: state[name] for name in sorted(state)[i::shards]}, folder / name)
+
+
+def write_beside(folder, model):
+    """The other parts, in pickled files."""
+    torch.save(checkpoint.load_vae(model).state_dict(), folder / checkpoint.VAE_FILE)
+    torch.save(checkpoint.load_text_encoder(model).state_dict(), folder / checkpoint.TEXT_FILE)
+    shutil.copytree(model / "tokenizer", folder / "google" / "umt5-xxl")
 
 
 @pytest.fixture(scope="module")
@@ -556,7 +575,7 @@ def walked(monkeypatch):
         (["--steps", 4, "--shift", 5, "--boundary", 0.94], [1, 3]),
         (["--steps", 4, "--boundary", 0], [4]),
         (["--steps", 4, "--task", "i2v", "--noise", "0.3", "--shift", 5], [2, 2]),
-        (["--steps", 4, "--task", "stream", "--shift", 5], [3, 4]),  # of 7, as the last frame lags behind the first
+        (["--steps", 4, "--task", "stream", "--shift", 5], [2, 2]),  # here all frames go together
     ],
 )
 def test_the_low_noise_expert_takes_the_steps_below_the_boundary(flags, steps, run, two, walked):
@@ -617,21 +636,165 @@ def test_a_run_of_two_experts_repeats_to_the_bit(run, two, tmp_path):
 
 def test_a_folder_as_the_authors_publish_wan_2_2(run, model, tmp_path, walked):
     """Two folders of transformers, and pickled files with neither config nor preset."""
-    folder, wan = tmp_path / "original", checkpoint.load_transformer(model)
+    folder = tmp_path / "original"
     for expert in ("high", "low"):
-        part = folder / f"{expert}_noise_model"
-        part.mkdir(parents=True)
-        (part / "config.json").write_text(json.dumps(dataclasses.asdict(wan.config)))
-        save_file(wan.state_dict(), part / "diffusion_pytorch_model.safetensors")
-    torch.save(checkpoint.load_vae(model).state_dict(), folder / checkpoint.VAE_FILE)
-    torch.save(checkpoint.load_text_encoder(model).state_dict(), folder / checkpoint.TEXT_FILE)
-    shutil.copytree(model / "tokenizer", folder / "google" / "umt5-xxl")
+        write_original(folder / f"{expert}_noise_model", model)
+    write_beside(folder, model)
     flags = ["--task", "i2v", "--model", folder, "--size", "32x32", "--frames", 9, "--lora"]
     flags += [f"{expert}={model / 'lora.safetensors'}:{strength}" for expert, strength in (("high", 1.5), ("low", 1.4))]
     result = run(*flags, "--preset", "lightx2v")
     assert result.status == 0, result.err
     assert walked == [2, 2]
     assert "text encoder 21.16 GiB" in run(*flags, "--dry-run").out  # that of umT5-XXL in fp32: nothing says otherwise
+
+
+# A clip of each line of a file.
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle moving left\n\n a blue   square\na red circle moving left\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def each(run, prompts, tmp_path):
+    """Run the command on the prompts, to the folder out/clips."""
+    return lambda *flags, out="clips": run("--task", "t2v", "--prompts", prompts, "--guidance", 1, *flags, out=out)
+
+
+def _clips(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_each_line_becomes_a_clip_to_train_on(each, run, model, alive, calls, tmp_path):
+    result = each("--seed", 7)
+    assert result.status == 0 and result.out == f"{tmp_path / 'out' / 'clips'}\n", result
+    folder = tmp_path / "out" / "clips"
+    names = [f"0000{n}.{kind}" for n in range(3) for kind in ("mp4", "txt")]
+    assert sorted(_clips(folder)) == [*names, "settings.json"]
+    captions = ["a red circle moving left", "a blue square", "a red circle moving left"]
+    assert [clip.caption for clip in data.find_clips(folder)] == captions
+    loaded = [("load_vae", set()), ("load_text_encoder", {"load_vae"}), ("high", {"load_vae"})]
+    assert alive == loaded + 3 * [("decode", {"load_vae", "high"})]
+    assert calls["forward"] == 3 * 3 and "9/9" in result.err
+    assert "3 of 3 clips" in call(train, "--data", folder, "--model", model, "--dry-run").out
+
+    for n, caption in enumerate(captions):
+        seed = sample.clip_seed(7, n)
+        flags = ["--task", "t2v", "--prompt", caption, "--seed", seed, "--no-lora", "--guidance", 1]
+        assert run(*flags, out=f"{n}.mp4").status == 0
+        assert (tmp_path / "out" / f"{n}.mp4").read_bytes() == (folder / f"0000{n}.mp4").read_bytes()
+    assert (folder / "00000.mp4").read_bytes() != (folder / "00002.mp4").read_bytes(), "one prompt, two seeds"
+
+
+def test_a_lora_is_used_for_clips_where_one_is_named(each, model, tmp_path):
+    assert each("--lora", model / "lora.safetensors").status == 0 and each(out="base").status == 0
+    one, other = (tmp_path / "out" / name / "00000.mp4" for name in ("clips", "base"))
+    assert one.read_bytes() != other.read_bytes()
+    again = call(sample, "--from-json", other.with_name("settings.json"), "--out", tmp_path / "again")
+    assert again.status == 0, again.err
+    for suffix in (".mp4", ".txt"):
+        assert other.with_suffix(suffix).read_bytes() == (tmp_path / "again" / f"00000{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("writer", ["write_video", "write_clip"])
+def test_clips_that_were_stopped_are_gone_on_with(experts, writer, each, two, calls, tmp_path, monkeypatch):
+    flags = ["--steps", 4, "--shift", 5, "--model", two] if experts == 2 else []
+    assert each(*flags, out="whole").status == 0
+    with monkeypatch.context() as patch:
+        written = []
+        original = getattr(data, writer)
+
+        def write(*arguments):
+            original(*arguments)
+            written.append(arguments)
+            if len(written) == 2:
+                raise KeyboardInterrupt
+
+        patch.setattr(data, writer, write)
+        stopped = each(*flags)
+    assert stopped.status == 130 and "stopped at 1 of 3 clips; the same command goes on" in stopped.err
+    folder = tmp_path / "out" / "clips"
+    assert (folder / "00001.mp4").exists() and (folder / "00001.txt").exists() == (writer == "write_clip")
+    before = calls["forward"]
+    result = each(*flags)
+    assert result.status == 0, result.err
+    left = 1 if writer == "write_clip" else 2
+    assert calls["forward"] - before == left * (4 if experts == 2 else 3)
+    whole, made = _clips(tmp_path / "out" / "whole"), _clips(folder)
+    assert {name: made[name] for name in made if name != "settings.json"} == {
+        name: whole[name] for name in whole if name != "settings.json"
+    }
+    before = calls["forward"]
+    assert each(*flags).out == result.out and calls["forward"] == before, "all is there"
+
+
+def test_two_experts_take_turns_at_groups_of_clips(each, two, alive, monkeypatch):
+    monkeypatch.setattr(sample, "TURN", 2)
+    assert each("--model", two, "--steps", 4, "--shift", 5).status == 0
+    experts = [(name, others) for name, others in alive if name in ("high", "low", "decode")]
+    assert [name for name, _ in experts] == ["high", "low", "decode", "decode", "high", "low", "decode"]
+    assert all(others == ({"load_vae", "low"} if name == "decode" else {"load_vae"}) for name, others in experts)
+
+
+def test_a_folder_of_clips_is_kept_to_its_prompts_and_settings(each, prompts, tmp_path):
+    assert each("--steps", 1, "--seed", 5).status == 0
+    folder = tmp_path / "out" / "clips"
+    before = _clips(folder)
+    mistake(each("--steps", 2, "--seed", 5), "got 2 as --steps", "began with 1", "another --out")
+    mistake(each("--steps", 1), "got 0 as --seed", "began with 5")
+    prompts.write_text("a blue square\n")
+    mistake(each("--steps", 1, "--seed", 5), "00000.txt", "caption of another clip", "another --out")
+    assert _clips(folder) == before
+    prompts.rename(tmp_path / "moved.txt")
+    (tmp_path / "moved.txt").write_text("a red circle moving left\na blue square\na red circle moving left\nanother\n")
+    assert each("--steps", 1, "--seed", 5, "--prompts", tmp_path / "moved.txt", "--offload").status == 0
+    assert {name: content for name, content in _clips(folder).items() if name in before and name[0] == "0"} == {
+        name: content for name, content in before.items() if name[0] == "0"
+    }
+    assert (folder / "00003.txt").read_text() == "another\n"
+
+
+def test_a_dry_run_counts_all_clips(each, made):
+    result = each("--dry-run")
+    assert result.status == 0 and "9 passes" in result.out and made() == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--prompts none.txt", ["none.txt", "a prompt in each line"]),
+        ("--prompts EMPTY", ["empty.txt", "a prompt in each line"]),
+        ("--prompts CLIP", ["00000.mp4", "a prompt in each line"]),
+        ("--task i2v", ["--prompts with another task than t2v"]),
+        ("--prompt red", ["--prompts", "--prompt,", "none of them"]),
+        ("--overwrite", ["--prompts", "--overwrite", "another --out"]),
+        ("--plot", ["--prompts", "--plot", "none of them"]),
+        ("--image CLIP@0", ["got 1 images for t2v"]),
+        ("--out OUT/a.mp4", ["a.mp4 as --out of --prompts", "expected a folder"]),
+        ("--out EMPTY", ["empty.txt as --out of --prompts", "expected a folder"]),
+        ("--out FULL", ["full, which holds other files", "a new folder"]),
+        ("--lora none.safetensors", ["no LoRA file at none.safetensors"]),
+        ("--lora EMPTY", ["empty.txt"]),
+    ],
+)
+def test_a_mistake_with_prompts_is_one_sentence(flags, words, each, made, clips, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.mp4").write_bytes(b"mine")
+    places = {
+        "CLIP": clips / "00000.mp4",
+        "EMPTY": tmp_path / "empty.txt",
+        "OUT": tmp_path / "out",
+        "FULL": tmp_path / "full",
+    }
+    for name, path in places.items():
+        flags = flags.replace(name, str(path))
+    mistake(each(*flags.split()), *words)
+    assert made() == [] and len(list((tmp_path / "full").iterdir())) == 1
 
 
 # Presets.
@@ -781,28 +944,99 @@ def test_a_missing_file_of_the_model_is_named(missing, run, made, broken):
     assert made() == []
 
 
-def test_a_missing_shard_is_named(run, made, broken):
-    path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
-    state = load_file(path)
-    shards = [f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
-    names = sorted(state)
-    save_file({name: state[name] for name in names[::2]}, path.with_name(shards[0]))
-    save_file({name: state[name] for name in names[1::2]}, path.with_name(shards[1]))
-    where = {name: shards[i % 2] for i, name in enumerate(names)}
-    path.with_name(path.name + ".index.json").write_text(json.dumps({"weight_map": where}))
-    path.unlink()
-    assert run("--task", "t2v", "--model", broken, out="whole.mp4").status == 0
-    path.with_name(shards[1]).unlink()
-    mistake(run("--task", "t2v", "--model", broken), shards[1])
-    assert not [name for name in made() if name.startswith("a.")]
+@pytest.fixture(scope="module")
+def original(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original") / "model"
+    write_original(folder, model, shards=2)
+    write_beside(folder, model)
+    return folder
 
 
-def test_a_damaged_file_of_the_model_is_named(run, made, broken):
-    path = broken / "vae" / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    mistake(run("--task", "t2v", "--model", broken), "vae/diffusion_pytorch_model.safetensors", "cannot read")
-    (broken / "sampling.json").write_text("{")
-    mistake(run("--task", "t2v", "--model", broken), "sampling.json", "JSON")
+class Code:
+    """What runs when it is unpickled: it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def _swap(*names):
+    def swap(folder):
+        first, second = (folder / name for name in names)
+        content = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(content)
+
+    return swap
+
+
+def _weights(name, change):
+    def rewrite(folder):
+        path = folder / name
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+        path.unlink()
+        (save_file if path.suffix == ".safetensors" else torch.save)(change(state), path)
+
+    return rewrite
+
+
+def _bytes(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def _code(name):
+    return lambda folder: torch.save({"conv1.weight": Code(folder / "ran")}, folder / name)
+
+
+SHARD, VAE, TEXT = "diffusion_pytorch_model-00002-of-00002.safetensors", "Wan2.1_VAE.pth", checkpoint.TEXT_FILE
+TOKENIZER, WEIGHT, NAN = "google/umt5-xxl/tokenizer.json", "blocks.1.ffn.2.bias", float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        *((_bytes(name, lambda content: content[:-100]), [f"cannot read DIR/{name}"]) for name in (SHARD, VAE, TEXT)),
+        *((_bytes(name, lambda content: b""), [f"cannot read DIR/{name}"]) for name in (SHARD, VAE, TEXT, TOKENIZER)),
+        *((lambda folder, n=name: (folder / n).unlink(), [f"no {name}"]) for name in (SHARD, VAE, TEXT, TOKENIZER)),
+        (_bytes("config.json", lambda content: content[:9]), ["cannot read DIR/config.json as JSON"]),
+        (_swap(VAE, TEXT), [VAE, "no tensor encoder.conv1.weight", "hf download"]),
+        (_swap(SHARD, VAE), [f"cannot read DIR/{VAE}"]),
+        (_swap("config.json", TOKENIZER), [TOKENIZER, "expected a Hugging Face tokenizer.json"]),
+        (_weights(SHARD, lambda state: {**state, WEIGHT: torch.zeros(3, 5)}), [f"{WEIGHT} (3, 5), expected (48,)"]),
+        (_weights(SHARD, lambda state: {**state, WEIGHT: state[WEIGHT] * NAN}), [f"{WEIGHT} in", "NaN"]),
+        (_weights(VAE, lambda state: {**state, "conv2.bias": state["conv2.bias"] * NAN}), ["conv2.bias in", "NaN"]),
+        *((_code(name), [name, "nothing in it was run"]) for name in (VAE, TEXT)),
+    ],
+)
+def test_a_damaged_model_is_one_sentence(damage, words, run, made, original, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "damaged")
+    damage(folder)
+    result = run("--task", "t2v", "--model", folder, "--size", "32x32", "--frames", 5, "--steps", 1)
+    mistake(result, *(word.replace("DIR", str(folder)) for word in words))
+    assert made() == [] and not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_damaged_lora_or_single_file_is_one_sentence(name, content, run, made, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    mistake(run("--task", "t2v", "--lora", tmp_path / name), name)
+    mistake(run("--task", "t2v", "--model", tmp_path / name), name)
+    assert made() == []
+
+
+def test_a_lora_that_is_a_program_is_not_run(run, made, tmp_path):
+    torch.save({"blocks.0.ffn.0.lora_A.weight": Code(tmp_path / "ran")}, tmp_path / "a.pt")
+    mistake(run("--task", "t2v", "--lora", tmp_path / "a.pt"), "a.pt")
+    assert made() == [] and not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_preset_is_named(run, made, broken):
+    for content, words in (("{", "JSON"), ('{"step": 4}', "expected only the fields")):
+        (broken / "sampling.json").write_text(content)
+        mistake(run("--task", "t2v", "--model", broken), "sampling.json", words)
     assert made() == []
 
 

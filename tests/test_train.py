@@ -1,5 +1,6 @@
 """Training: it learns, changes only what it should, stops and goes on to the bit, and says what is wrong."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ import lora
 import resume
 import sample
 import train
+from model import Wan
 from text import UMT5Encoder
 from train import Dataset, TrainConfig
 from vae import WanVAE
@@ -489,6 +491,66 @@ def test_a_step_draws_its_noise_by_ptss():
     torch.testing.assert_close(shifted[0], 5 * plain / (1 + 4 * plain))
 
 
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):
+    """The model with a second expert."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("two") / "model")
+    one = checkpoint.load_pipeline(model)
+    low = checkpoint.load_transformer(model)
+    low.init_weights()
+    checkpoint.save_pipeline(folder, one.transformer, transformer_2=low, boundary=0.8)
+    checkpoint.save_preset(folder, dataclasses.replace(checkpoint.load_preset(model), boundary=0.8))
+    return folder
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_an_expert_is_trained_at_its_own_noise_levels(expert, run, two, loaded, tmp_path, monkeypatch):
+    trained, others, original = [], [], Wan.forward
+
+    def forward(self, x, tau, context):
+        (trained if torch.is_grad_enabled() else others).append(tau)
+        return original(self, x, tau, context)
+
+    monkeypatch.setattr(Wan, "forward", forward)
+    result = run("--model", two, "--expert", expert, "--steps", 3, "--val-every", 1, "--shift", 5)
+    assert result.status == 0, result.err
+    steps, levels = torch.cat(trained), torch.cat([tau.flatten() for tau in others])
+    low, high = (0.8, 1) if expert == "high" else (0, 0.8)
+    assert len(steps.unique()) == 3 * 2 * 7 and low <= steps.min() and steps.max() <= high
+    # Validation and the filmstrip have clean frames too: they are what is given, not what is to be denoised.
+    assert ((levels == 0) | (levels >= low) & (levels <= high)).all() and levels.max() > low
+    fresh = checkpoint.load_transformer(two, torch.float32, expert=expert).state_dict()
+    assert all(torch.equal(loaded.transformers[0].state_dict()[name], tensor) for name, tensor in fresh.items())
+    with safe_open(tmp_path / "out" / "lora.safetensors", "pt") as file:
+        assert file.metadata()["expert"] == expert
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert (settings["expert"], settings["boundary"]) == (expert, 0.8)
+
+
+def test_all_weights_of_an_expert_are_written_beside_the_other(run, two, tmp_path):
+    assert run("--model", two, "--expert", "low", "--full", "--steps", 1, "--lr", "1e-2").status == 0
+    made = tmp_path / "out" / "model"
+    for expert, same in (("high", True), ("low", False)):
+        before, after = (checkpoint.load_transformer(folder, expert=expert).state_dict() for folder in (two, made))
+        assert all(torch.equal(before[name], after[name]) for name in before) == same, expert
+    assert checkpoint.load_preset(made).boundary == 0.8
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model TWO", ["two experts", "--expert high or --expert low"]),
+        ("--expert low", ["one transformer", "leave out --expert"]),
+        ("--boundary 0.9", ["--boundary without --expert"]),
+        ("--model TWO --expert low --boundary 1", ["got --boundary 1", "between 0 and 1"]),
+        ("--model TWO --expert low --full --from-scratch", ["--from-scratch with --expert"]),
+    ],
+)
+def test_experts_are_chosen_where_there_are_two(flags, words, run, two, tmp_path):
+    mistake(run(*flags.replace("TWO", str(two)).split()), *words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_clip_in_ten_is_kept_for_validation(model, tmp_path):
     folder = tmp_path / "clips"
     for i in range(20):
@@ -657,6 +719,15 @@ def test_validation_knows_a_perfect_network_and_an_idle_one():
         tau = tau[:, None, :, None, None]
         x0 = torch.arange(4.0)[:, None, None, None, None]
         return torch.where(tau > 0, (x - x0) / tau, torch.nan)
+
+    for within in ((0.875, 1.0), (0.0, 0.875)):
+        figures = train.validate(perfect, clips, "cpu", torch.float32, 16, within)
+        assert all(value < 1e-6 for name, value in figures.items() if name != "clean")
+        together, apart, one_clean, copied = seen
+        for levels in (together, apart, one_clean[:, 1:], copied[:, 1:]):
+            assert within[0] <= levels.min() and levels.max() <= within[1]
+        assert (one_clean[:, 0] == 0).all() and (copied[:, 0] == 0).all() and (copied[:, 1:] == within[1]).all()
+        seen.clear()
 
     figures = train.validate(perfect, clips, "cpu", torch.float32)
     assert figures["sync"] < 1e-6 and figures["async"] < 1e-6 and figures["copy"] < 1e-6
