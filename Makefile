@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test tiny evaluate gallery clean
+.PHONY: demo test test-slow tiny evaluate gallery clean
 
 TASKS = t2v i2v start-end extend prepend complete transition keyframes loop restyle stream
 
@@ -11,7 +11,11 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# Trainings that are killed, stopped and shared out over processes.
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
 
 # Grow the embedded model from nothing; stop it at any moment and run it again to go on.
 tiny: .venv/demo

@@ -52,7 +52,7 @@ class TinyConfig:
     clips: int = cli.option(6000, "training clips")
     vae_steps: int = cli.option(3600, "steps of the VAE")
     base_steps: int = cli.option(6000, "steps of the text-to-video base")
-    lora_steps: int = cli.option(1000, "steps of the Pusa LoRA")
+    lora_steps: int = cli.option(800, "steps of the Pusa LoRA")
     compile: bool = cli.option(False, "compile the networks: faster, needs a C++ compiler")
     evaluate: bool = cli.option(False, "judge the model in --out, write the table to its README.md, and stop")
     samples: int = cli.option(64, "with --evaluate: samples a row")
