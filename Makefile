@@ -11,7 +11,7 @@ demo: .venv/demo
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # Trainings that are killed, stopped and shared out over processes.
 test-slow: .venv/dev
