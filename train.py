@@ -9,7 +9,7 @@ velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddin
     torchrun --nproc-per-node 8 train.py --data clips/               on eight GPUs, see `distributed.py`
 
 A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
-`--resume` as if it had not been: on one machine with the same number of threads, its LoRA is the same to the byte.
+`--resume` as if it had not been: on a CPU, with the same number of threads, its LoRA is the same to the byte.
 Everything is written to `runs/NAME/`; `report.py` makes a page of it.
 """
 

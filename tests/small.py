@@ -118,6 +118,16 @@ def clips_fixture(tmp_path_factory) -> Path:
     return write_clips(tmp_path_factory.mktemp("clips"))
 
 
+class Code:
+    """What runs when it is unpickled: it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
 def count(monkeypatch, counts: dict[str, int], owner, method: str, name: str) -> None:
     """Count under `name` how often a method is called, which goes on as before."""
     original = getattr(owner, method)

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from small import Code
 from transformers import UMT5Config, UMT5EncoderModel
 
 import checkpoint
@@ -782,16 +783,6 @@ def test_half_a_file_is_one_sentence(copied, part):
     (copied / part).write_bytes((copied / part).read_bytes()[:50])
     with pytest.raises(ValueError, match=f"cannot read .*{part.split('/')[1]}"):
         load_pipeline(copied)
-
-
-class Code:
-    """What runs when it is unpickled: it makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import call, mistake
+from small import Code, call, mistake
 
 import checkpoint
 import lora
@@ -499,20 +499,10 @@ def test_a_file_that_is_not_wholly_understood(tmp_path, tensors, message):
         lora.load(tmp_path / "lora.pt")
 
 
-class _Malicious:
-    """Pickles into a call that creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_with_code_is_refused(tmp_path, zipped):
     trap = tmp_path / "trap"
-    content = {**PAIR, "alpha": _Malicious(trap)}
+    content = {**PAIR, "alpha": Code(trap)}
     path = tmp_path / "lora.pt"
     torch.save(content, path) if zipped else path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(ValueError, match="could run code") as caught:

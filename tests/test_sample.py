@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import FRAMES, call, clips_fixture, count, mistake, model_fixture, random_lora, scene_video  # noqa: F401
+from small import FRAMES, Code, call, clips_fixture, count, mistake, model_fixture, random_lora, scene_video  # noqa: F401
 
 import checkpoint
 import data
@@ -950,16 +950,6 @@ def original(model, tmp_path_factory):
     write_original(folder, model, shards=2)
     write_beside(folder, model)
     return folder
-
-
-class Code:
-    """What runs when it is unpickled: it makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 def _swap(*names):
