@@ -15,10 +15,13 @@ What a model is comes from its configs and tensors, never from its folder's name
 filled tensor by tensor, so loading needs the size of one model, not two.
 """
 
+import hashlib
+import inspect
 import json
 import math
 import pickle
 import re
+import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,7 +112,20 @@ def load_preset(model: str | Path) -> Preset:
     unknown = entries.keys() - {field.name for field in fields(Preset)}
     if unknown:
         raise ValueError(f"{path} has {sorted(unknown)}, expected only the fields of checkpoint.Preset; remove them")
+    kinds = {field.name: field.type for field in fields(Preset)}
+    for name, value in entries.items():
+        if not _fits(value, kinds[name]):
+            kind = inspect.formatannotation(kinds[name])
+            raise ValueError(f"{path} has {name} {json.dumps(value)}, expected {kind}; mend or remove it")
     return replace(preset, **{**entries, "size": tuple(entries.get("size", preset.size))})
+
+
+def _fits(value, kind) -> bool:
+    """Whether a value of JSON is of a type such as int, `float | None` or `tuple[int, int]`."""
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return isinstance(value, kind) and not isinstance(value, bool) or type(value) is int and isinstance(0.0, kind)
 
 
 def save_preset(folder: str | Path, preset: Preset) -> None:
@@ -220,13 +236,22 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
 
 
 def text_fingerprint(model: str | Path) -> str:
-    """A name for what prompts become, another one when a file of the text encoder or the tokenizer is another.
+    """A name for what prompts become, wherever the model lies: by its tokenizer, its config and some of its weights.
 
-    As `make` does it, a file is known by place, size and time of change: none of the 11 GB is read.
+    Of a file of weights its size and 64 pages, evenly spaced, are read: all of 11 GB would take longer than a prompt.
+    Training changes them all; whoever edits a few by hand empties the folder of what is kept.
     """
     model = find_model(model, ("text_encoder",))
-    files = [_need(model, name) for name in _weight_files(model, "text_encoder")] + [_tokenizer_file(model)]
-    return " ".join(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+    digest = hashlib.sha256(_tokenizer_file(model).read_bytes())
+    digest.update(repr(T5Config() if _is_original(model) else _text_config(model)).encode())
+    for path in (_need(model, name) for name in _weight_files(model, "text_encoder")):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for page in range(64):
+                file.seek(page * size // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def outline(model: str | Path) -> tuple[Wan, WanVAE, UMT5Encoder]:

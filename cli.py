@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 import typing
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def replacing(path: Path | str):
     """Yield a temporary path beside `path` (same suffix) that is moved into place only if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")  # nobody else's, on any machine
     try:
         yield temporary
         if temporary.is_file():  # some writers make files that only their owner can read

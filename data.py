@@ -1,8 +1,7 @@
-"""Clips and captions in, latents cached, videos and contact sheets out.
+"""Clips and captions in, videos and contact sheets out.
 
 A clip is a media file with a caption. In memory a video is a float32 tensor (3, N, H, W) in [-1, 1], where here, and
-only here, H and W count pixels. What the frozen VAE and text encoder make of a clip never changes during training, so
-it is computed once and kept in a folder of safetensors files, each named by a hash of everything it depends on.
+only here, H and W count pixels.
 
 For training, a clip of any size, length and frame rate is brought to the model's frame rate, cut into windows of N
 frames, and scaled to a size near its own shape; windows of one size are a bucket, and a batch is drawn from one bucket.
@@ -11,11 +10,11 @@ frames, and scaled to a size near its own shape; windows of one size are a bucke
 """
 
 import csv
-import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,9 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import cli
 
@@ -138,7 +135,7 @@ def survey(
     `size` is (width, height) in pixels: that of every window, or with `buckets` the one whose area others keep.
     Nothing but the first picture is decoded, so damage further in shows only when the clip is encoded.
     """
-    sources, skipped = [], []
+    sources, left_out = [], []
     for clip in clips:
         try:
             if not clip.path.is_file():
@@ -150,11 +147,12 @@ def survey(
                 raise ValueError(f"too short: {length} frames at {fps:g} fps, expected {frames}")
             sources.append(Source(clip, bucket(width, height, size) if buckets else size, length // frames))
         except ValueError as error:
-            skipped.append(_skipped(clip, error))
-    return sources, skipped
+            left_out.append(skipped(clip, error))
+    return sources, left_out
 
 
-def _skipped(clip: Clip, error: ValueError) -> Skipped:
+def skipped(clip: Clip, error: ValueError) -> Skipped:
+    """A clip that is left out, for the error that it gave."""
     return Skipped(clip.path, str(error).removeprefix(f"{clip.path} "))
 
 
@@ -211,29 +209,34 @@ def read_video(
     path: Path | str,
     size: tuple[int, int] | None = None,
     fps: float | None = None,
-    frames: int | None = None,
-    start: float = 0.0,
+    first: int | None = None,
+    last: int | None = None,
 ) -> Tensor:
     """Read a video, an animated GIF or a still image (one frame) → (3, N, H, W) in [-1, 1].
 
     size    (width, height) in pixels, reached by `resize_crop`; None keeps the file's.
-    fps     frames per second of the result: each takes the file's frame that is shown nearest to its time, by the
-            file's own timestamps; None keeps the file's frames.
-    frames  exactly that many frames, and reading stops there; None reads to the end.
-    start   seconds into the clip of the first frame.
-    ValueError if the file cannot be read or is too short.
+    fps     frames per second of the result, above 0: each takes the file's frame that is shown nearest to its time, by
+            the file's own timestamps; None keeps the file's frames.
+    first   at most that many frames from the start, and reading stops there; None reads to the end.
+    last    at most that many frames from the end of what is read. No more are held in memory.
+    ValueError if the file cannot be read.
     """
-    path = Path(path)
-    if frames is not None and frames < 1 or fps is not None and fps <= 0 or start < 0:
-        raise ValueError(f"got {frames} frames at {fps} fps from {start} s, expected positive numbers")
-    decoded = list(islice(_pictures(path, size, fps, start), frames))
-    if len(decoded) < (frames or 1):
-        at = f" at {fps:g} fps" if fps else ""
-        raise ValueError(
-            f"{path} has {len(decoded)} frames from {start:g} s on{at}, expected {frames or 'at least 1'}: "
-            "choose a longer clip or ask for fewer frames"
-        )
-    return torch.stack(decoded, dim=1)
+    pictures = list(_pictures(Path(path), size, fps, first, last))
+    if not pictures:
+        raise ValueError(f"{path} has no frames, expected at least one; choose another file")
+    return torch.stack(pictures, dim=1)
+
+
+def read_frame(path: Path | str, index: int, size: tuple[int, int] | None = None) -> Tensor:
+    """The frame of a video that has this number, from 0 → (3, H, W) in [-1, 1]; `size` as in `read_video`.
+
+    ValueError if the file cannot be read, or has no such frame.
+    """
+    number = -1
+    for number, frame in enumerate(_shown(Path(path), None)):
+        if number == index:
+            return _converted(frame, size, path)
+    raise ValueError(f"{path} has frames 0 to {number}, and not {index}; choose one of them")
 
 
 def read_windows(path: Path | str, size: tuple[int, int], fps: float, frames: int) -> Iterator[Tensor]:
@@ -241,7 +244,7 @@ def read_windows(path: Path | str, size: tuple[int, int], fps: float, frames: in
 
     `size` and `fps` as in `read_video`. One window is in memory at a time.
     """
-    pictures = _pictures(Path(path), size, fps, 0)
+    pictures = _pictures(Path(path), size, fps)
     while len(window := list(islice(pictures, frames))) == frames:
         yield torch.stack(window, dim=1)
 
@@ -277,32 +280,46 @@ def probe(path: Path | str, fps: float) -> tuple[int, int, int]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple]:
     """(container, video stream) of a file; what goes wrong while it is open is a ValueError that names it."""
+    with _named(path), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError(f"{path} holds no video stream: expected a video or an image")
+        container.streams.video[0].thread_type = "AUTO"
+        yield container, container.streams.video[0]
+
+
+@contextmanager
+def _named(path: Path | str) -> Iterator[None]:
+    """FFmpeg's errors become ValueErrors that name the file."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video stream: expected a video or an image")
-            container.streams.video[0].thread_type = "AUTO"
-            yield container, container.streams.video[0]
+        yield
     except av.FFmpegError as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read as a video ({reason}): expected a file that FFmpeg reads") from error
 
 
-def _pictures(path: Path, size, fps: float | None, start: float) -> Iterator[Tensor]:
+def _pictures(path: Path, size, fps: float | None, first: int | None = None, last: int | None = None) -> Iterator:
     """The frames wanted, each (3, H, W), decoded as they are asked for."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        if start == 0:
-            yield read_image(path, size)
+        yield read_image(path, size)
         return
+    frames = islice(_shown(path, fps), first)
     latest = image = None
+    for frame in frames if last is None else deque(frames, maxlen=last):
+        if frame is not latest:  # a frame that is shown twice is converted once
+            image, latest = _converted(frame, size, path), frame
+        yield image
+
+
+def _shown(path: Path, fps: float | None) -> Iterator[av.VideoFrame]:
     with _opened(path) as (container, stream):
-        for frame in _pick(_timed(container, stream), fps, Fraction(start)):
-            if frame is not latest:  # a frame that is shown twice is converted once
-                pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", interpolation=_SWSCALE))
-                # Phones store an upright picture sideways, and how many degrees to turn it anticlockwise.
-                pixels = torch.rot90(pixels, round(frame.rotation / 90)).permute(2, 0, 1)  # (3, H, W)
-                image, latest = _from_bytes(pixels, size), frame
-            yield image
+        yield from _pick(_timed(container, stream), fps)
+
+
+def _converted(frame: av.VideoFrame, size: tuple[int, int] | None, path: Path | str) -> Tensor:
+    with _named(path):
+        pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", interpolation=_SWSCALE))
+    # Phones store an upright picture sideways, and how many degrees to turn it anticlockwise.
+    return _from_bytes(torch.rot90(pixels, round(frame.rotation / 90)).permute(2, 0, 1), size)
 
 
 def _timed(container, stream) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
@@ -315,12 +332,12 @@ def _timed(container, stream) -> Iterator[tuple[Fraction, Fraction, av.VideoFram
         yield time - first, (frame.duration * frame.time_base if frame.duration else usual), frame
 
 
-def _pick(timed, fps: float | None, start: Fraction) -> Iterator[av.VideoFrame]:
-    """The frame to show at each of start, start + 1/fps, ...: the nearest, the earlier of two that are equally near."""
+def _pick(timed, fps: float | None) -> Iterator[av.VideoFrame]:
+    """The frame to show at each of 0, 1/fps, 2/fps, ...: the nearest, the earlier of two that are equally near."""
     if fps is None:
-        yield from (frame for time, duration, frame in timed if time >= start - duration / 2)
+        yield from (frame for _, _, frame in timed)
         return
-    step, wanted = 1 / Fraction(fps), start
+    step, wanted = 1 / Fraction(fps), Fraction(0)
     held = end = None
     for time, duration, frame in timed:
         while held is not None and wanted - held[0] <= time - wanted:
@@ -328,7 +345,7 @@ def _pick(timed, fps: float | None, start: Fraction) -> Iterator[av.VideoFrame]:
             wanted += step
         held, end = (time, frame), time + duration
     # The last frame stays on until it ends; a time counts if most of its own interval lies inside the clip.
-    while held is not None and (wanted + step / 2 <= end or wanted == start < end):
+    while held is not None and (wanted + step / 2 <= end or wanted == 0):
         yield held[1]
         wanted += step
 
@@ -478,103 +495,6 @@ def filmstrip(
         draw.rectangle((left, middle - 6, left + 12, middle + 6), fill=colour)
         draw.text((left + line, middle), name, fill="black", font=font, anchor="lm")
     return sheet
-
-
-def latent_keys(sources: Sequence[Source], frames: int, fps: float, encoder_name: str) -> list[str]:
-    """What names the latents of each clip: its content, size and cut, and the encoder, but not its file name."""
-    keys = []
-    for source in sources:
-        content = hashlib.sha256()
-        with open(source.clip.path, "rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        keys.append(_key(content.hexdigest(), list(source.size), frames, float(fps), encoder_name))
-    return keys
-
-
-def cached_latents(
-    sources: Sequence[Source],
-    keys: Sequence[str],
-    frames: int,
-    fps: float,
-    encode: Callable[[Tensor], Tensor],
-    cache: Path | str,
-) -> tuple[list[Tensor | None], list[Skipped]]:
-    """The latents of each clip, (windows, 16, F, H, W), fp32 on the CPU; only those not yet in `cache` are encoded.
-
-    `encode` maps one window (1, 3, N, H, W) to (1, 16, F, H, W). A clip that turns out to be damaged or shorter than it
-    said gives None, and the reason.
-    """
-    skipped = []
-
-    def windows(source: Source) -> Tensor | None:
-        try:
-            pieces = read_windows(source.clip.path, source.size, fps, frames)
-            latents = [encode(piece[None])[0].float().cpu() for piece in pieces]
-            if not latents:
-                raise ValueError(f"too short: fewer than {frames} frames at {fps:g} fps")
-        except ValueError as error:
-            skipped.append(_skipped(source.clip, error))
-            return None
-        return torch.stack(latents)
-
-    return _cached(sources, keys, windows, cache, "encoding clips"), skipped
-
-
-def cached_embeddings(
-    prompts: Sequence[str], embed: Callable[[list[str]], Tensor], encoder_name: str, cache: Path | str
-) -> list[Tensor]:
-    """The embedding (T, text_dim) of each prompt, fp32 on the CPU; each prompt is encoded once, ever.
-
-    `embed` maps a list of one prompt to (1, T, text_dim); `encoder_name` must differ where the weights do.
-    """
-    keys = [_key(prompt, encoder_name) for prompt in prompts]
-    return _cached(prompts, keys, lambda prompt: embed([prompt])[0], cache, "encoding prompts")
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights and config, so that what another model made is never taken for this one's.
-
-    Of large tensors every so many values are hashed: 5.7 billion would take a minute, and training changes them all.
-    """
-    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 65536)].cpu().contiguous()
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _key(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _cached(
-    items: Sequence, keys: Sequence[str], compute: Callable, cache: Path | str, label: str
-) -> list[Tensor | None]:
-    """compute(item) of each item: read from the file that its key names, or else computed and, unless None, written.
-
-    What is returned is mapped from the files, not held in memory, so a dataset may be larger than the memory. Files
-    appear whole or not at all, and equal keys mean equal content, so several runs may share a folder.
-    """
-    paths = [Path(cache) / f"{key}.safetensors" for key in keys]
-    known, missing = {}, {}
-    for path, item in zip(paths, items, strict=True):
-        try:
-            known[path] = load_file(path)["tensor"]
-        except (OSError, SafetensorError, KeyError):  # not there, or broken
-            missing[path] = item
-    progress = cli.Progress(len(missing), label)
-    for path, item in missing.items():
-        with torch.no_grad():
-            tensor = compute(item)
-        if tensor is not None:
-            with cli.replacing(path) as temporary:
-                save_file({"tensor": tensor.float().cpu().contiguous()}, temporary)
-            tensor = load_file(path)["tensor"]
-        known[path] = tensor
-        progress.step()
-    return [known[path] for path in paths]
 
 
 def by_shape(latents: Sequence[Tensor], indices: Sequence[int]) -> list[list[int]]:

@@ -26,14 +26,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
+import cache
 import checkpoint
 import cli
 import cost
@@ -48,7 +48,6 @@ from vae import WanVAE
 EXAMPLES = Path("clips")
 # What `--preset` puts in place of the model's own settings: LoRAs that distil many steps into few ask for these.
 DISTILLED = {"lightx2v": {"steps": 4, "shift": 5.0, "guidance": 1.0, "guidance_2": None, "strength": 1.0}}
-VAE_BYTES = 2**32  # what encoding or decoding may take, beside weights and video
 TURN = 8  # clips that one of two experts does before the other is loaded
 # What may differ when a folder of clips is gone on with: where and how they are computed, not what they show. That the
 # prompts are the same is told by the captions.
@@ -308,21 +307,24 @@ def _parse_lora(entry: str) -> tuple[str, str, float | None]:
         return expert, rest, None
 
 
-def read_inputs(config: SampleConfig) -> dict[str, list[Tensor]]:
-    """The images and videos of a resolved config, each (1, 3, n, 8H, 8W), as `tasks.cut` takes them."""
+def read_inputs(config: SampleConfig, plan: tasks.Plan) -> dict[str, list[Tensor | None]]:
+    """The images and videos of a resolved config, each (1, 3, n, 8H, 8W), as `tasks.cut` takes them.
+
+    Of a video, only the frames at its head and its tail that the plan needs are kept, None where it needs none.
+    """
     size = cli.parse_size(config.size)
-    images = []
+    inputs = {"image": [], "head": [], "tail": []}
     for name in config.image:
         path, mark, frame = name.rpartition("@")
-        if mark and frame.isdigit() and not Path(name).exists():
-            clip = data.read_video(path, size)
-            if int(frame) >= clip.shape[1]:
-                raise ValueError(f"got {name}, but {path} has frames 0 to {clip.shape[1] - 1}; choose one of them")
-            images.append(clip[None, :, int(frame)][:, :, None])
-        else:
-            images.append(data.read_image(name, size)[None, :, None])
-    videos = [data.read_video(path, size, config.fps)[None] for path in config.video]
-    return {"image": images, "head": videos, "tail": videos}
+        of_video = mark and frame.isdigit() and Path(path).suffix.lower() in data.VIDEO_SUFFIXES
+        image = data.read_frame(path, int(frame), size) if of_video else data.read_image(name, size)
+        inputs["image"].append(image[None, :, None])
+    for index, path in enumerate(config.video):
+        for end, which in (("head", "first"), ("tail", "last")):
+            needed = [slot.frames for slot in plan.given if (slot.source, slot.index) == (end, index)]
+            video = data.read_video(path, size, config.fps, **{which: max(needed)})[None] if needed else None
+            inputs[end].append(video)
+    return inputs
 
 
 @torch.no_grad()
@@ -332,19 +334,11 @@ def encode_prompts(config: SampleConfig, prompts: Sequence[str]) -> Iterator[Ten
     Each prompt is encoded once ever: what comes of it is kept in $NANOPUSA_CACHE, or ~/.cache/nanopusa. Only for one
     that is not there the encoder is loaded, and it is gone when this returns.
     """
-    device = "cpu" if config.offload else config.device
-    tokenizer = checkpoint.load_tokenizer(config.model)
-    encoder = cache(lambda: checkpoint.load_text_encoder(config.model, getattr(torch, config.dtype), device))
-
-    def embed(prompts: list[str]) -> Tensor:
-        context = text.embed(tokenizer, encoder(), prompts)
-        return context[:, context.any(-1)[0]]  # what is past the prompt's end is zero, and need not be kept
-
-    # Another device, or type, gives other bits.
-    name = f"{checkpoint.text_fingerprint(config.model)} {config.dtype} {torch.device(device).type}"
     folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
-    contexts = data.cached_embeddings(prompts, embed, name, folder)
-    return (functional.pad(c, (0, 0, 0, tokenizer.text_len - len(c)))[None].to(config.device) for c in contexts)
+    device, dtype = "cpu" if config.offload else config.device, getattr(torch, config.dtype)
+    embeddings = cache.prompts(config.model, prompts, dtype, device, folder)
+    text_len = checkpoint.load_config(config.model).text_len
+    return (text.padded([embedding], text_len).to(config.device) for embedding in embeddings)
 
 
 @torch.no_grad()
@@ -450,10 +444,8 @@ def edge(vae: WanVAE, made: Tensor, job: Job, window: int) -> Tensor:
     older = (job.carried + 1) // 2
     newer = made[:, :, made.shape[2] - job.carried + older :]
     past = made[:, :, max(0, made.shape[2] - window) : made.shape[2] - newer.shape[2]]
-    _, _, F, H, W = past.shape
-    sizes = pieces(F, 8 * W, 8 * H)
-    pixels = vae.decode(past, *sizes)[:, :, -tasks.pixel_frames(older) :]
-    return torch.cat([vae.encode(pixels, *sizes).to(made.dtype), newer], dim=2)
+    pixels = vae.decode(past)[:, :, -tasks.pixel_frames(older) :]
+    return torch.cat([vae.encode(pixels).to(made.dtype), newer], dim=2)
 
 
 @torch.no_grad()
@@ -466,8 +458,7 @@ def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], l
     x0 = torch.zeros_like(like)
     for slot in plan.given:
         pixels = tasks.cut(slot, inputs[slot.source][slot.index]).to(like.device)
-        latents = vae.encode(pixels, *pieces(tasks.latent_frames(slot.frames), *pixels.shape[:-3:-1]))
-        x0[:, :, list(slot.positions)] = latents[:, :, slot.drop :].to(like.dtype)
+        x0[:, :, list(slot.positions)] = vae.encode(pixels)[:, :, slot.drop :].to(like.dtype)
     return x0
 
 
@@ -495,24 +486,8 @@ def guided_velocity(
 
 @torch.no_grad()
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
-    """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W), piecewise if it is large."""
-    _, _, F, H, W = latents.shape
-    return vae.decode(latents, *pieces(F, 8 * W, 8 * H))[0].float().cpu()
-
-
-def pieces(F: int, width: int, height: int) -> tuple[int | None, int | None]:
-    """How many latent frames the VAE takes at a time, and pixels a side: all (None) as long as `VAE_BYTES` suffice.
-
-    By the size alone, not by the memory that is free, so that a run gives the same bits wherever it is repeated.
-    """
-    if _decoding_bytes(F, width, height) < VAE_BYTES:
-        return None, None
-    return 1, None if _decoding_bytes(2, width, height) < VAE_BYTES else 512
-
-
-def _decoding_bytes(F: int, width: int, height: int) -> int:
-    """About what decoding F latent frames at once takes: four tensors of Wan's widest level, 96 channels in fp32."""
-    return 4 * 96 * 4 * tasks.pixel_frames(F) * width * height
+    """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W)."""
+    return vae.decode(latents)[0].float().cpu()
 
 
 def given_frames(job: Job) -> list[bool]:
@@ -530,11 +505,10 @@ def estimate(config: SampleConfig, job: Job) -> str:
     walks = [walk for taus in job.taus for walk in experts(config, taus)]
     passes = sum((len(taus) - 1) * (1 if guidance == 1 else 2) for _, guidance, taus in walks)
     passes *= len(data.read_prompts(config.prompts)) if config.prompts else 1
-    chunk, tile = pieces(job.F, width, height)
-    decoding = _decoding_bytes(chunk + 1 if chunk else job.F, tile or width, tile or height)
-    video = 3 * 4 * tasks.pixel_frames(job.F) * width * height
+    parts = checkpoint.outline(config.model)
+    decoding = parts[1].decoding_bytes(job.F, height, width) + 3 * 4 * tasks.pixel_frames(job.F) * width * height
     return cost.sampling(
-        checkpoint.outline(config.model), (len(job.plans[0].m), height // 8, width // 8), passes, decoding + video,
+        parts, (len(job.plans[0].m), height // 8, width // 8), passes, decoding,
         getattr(torch, config.dtype), config.device, stays=config.prompts is not None,
     )  # fmt: skip
 
@@ -572,7 +546,7 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     if config.prompts is not None:
         return sample_each(config, job)
     files = outputs(config)
-    inputs = read_inputs(config)
+    inputs = read_inputs(config, job.plans[0])
     for slot in job.plans[0].given:
         tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
     vae = checkpoint.load_vae(checkpoint.find_model(config.model), device=config.device)

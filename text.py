@@ -227,6 +227,11 @@ def embed(tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: list[str]) -> Ten
     return encoder(ids.to(device), mask.to(device))
 
 
+def padded(embeddings: list[Tensor], text_len: int) -> Tensor:
+    """Embeddings, each (T, dim) of its own length, with zeros after their ends: (B, text_len, dim)."""
+    return torch.stack([F.pad(embedding, (0, 0, 0, text_len - len(embedding))) for embedding in embeddings])
+
+
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizers.Tokenizer:
     """A word a token, lower case, punctuation apart: for the closed vocabulary of a small model.
 

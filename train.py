@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+import cache
 import checkpoint
 import cli
 import cost
@@ -95,7 +96,7 @@ _MAY_CHANGE = {
 class Dataset(NamedTuple):
     """What training needs of the clips: latents (C, F, H, W) of each window, and what the encoder makes of captions."""
 
-    latents: list[Tensor]
+    latents: Sequence[Tensor]
     prompts: list[str]  # of each window
     context: Callable[[list[str]], Tensor]  # prompts → (B, T, text_dim)
     validation: list[int]  # a window of each clip that no training step sees
@@ -112,16 +113,16 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(f"got --out {out}, which holds a run; go on with --resume, or choose another folder")
     state = resume.load_state(out, vars(config), _MAY_CHANGE) if config.resume else None
 
-    encoder = checkpoint.load_text_encoder(config.model, _stored(config), device).requires_grad_(config.from_scratch)
+    encoder = None
+    if config.from_scratch:
+        encoder = checkpoint.load_text_encoder(config.model, torch.float32, device).requires_grad_()
     clips = prepare(config, encoder)
-    if not config.from_scratch:
-        encoder = None  # umT5-xxl takes 11 GB, and all that it has to say is in the cache
     transformer = _base(config)
     torch.manual_seed(config.seed)
     if config.from_scratch:
         transformer.init_weights()
-        encoder.float().init_weights()
-    base = data.fingerprint(transformer) if distributed.rank() == 0 else None
+        encoder.init_weights()
+    base = cache.fingerprint(transformer) if distributed.rank() == 0 else None
     inputs = {"clips": clips.digest, "base model": distributed.agreed(base)}
     trainable(transformer, config)
     if config.gradient_checkpointing:
@@ -130,8 +131,10 @@ def train(config: TrainConfig) -> Path:
         shard(transformer, encoder, device)
     models = [transformer, encoder] if config.from_scratch else [transformer]
     trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape is compiled apart
     network = torch.compile(transformer, dynamic=False) if config.compile else transformer
-    optimizers = make_optimizers(config, trained, transformer)
+    optimizers = make_optimizers(config, models)
     run = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
     if state:
         run, state = resume.restore(state, inputs, trained, optimizers), None
@@ -200,11 +203,17 @@ def shard(transformer: Wan, encoder: nn.Module | None, device: str) -> None:
         distributed.shard(encoder, [], device)
 
 
-def make_optimizers(config: TrainConfig, trained: list[nn.Parameter], transformer: Wan) -> list[torch.optim.Optimizer]:
+def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.optim.Optimizer]:
     """AdamW; with `--muon`, Muon for the matrices of the blocks, scaled to AdamW's step, and AdamW for the rest."""
-    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2] if config.muon else []
+    matrices = [
+        layer.weight
+        for model in models
+        for layer in model.blocks.modules()
+        if config.muon and isinstance(layer, nn.Linear)
+    ]
     apart = set(matrices)
-    rest = [p for p in trained if p not in apart]
+    trained = (parameter for model in models for parameter in model.parameters() if parameter.requires_grad)
+    rest = [parameter for parameter in trained if parameter not in apart]
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
@@ -225,16 +234,16 @@ def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     picked = data.batch_of(step, config.batch, clips.training, config.seed)
-    x0 = torch.stack([clips.latents[i] for i in picked])
-    B, _, F = x0.shape[:3]
+    mine = slice(part, None, config.accumulate * distributed.size())
+    x0 = torch.stack([clips.latents[i] for i in picked[mine]]).to(device)
+    B, (C, F, H, W) = len(picked), x0.shape[1:]
     dropped = (torch.rand(B, generator=generator) < config.drop_caption).tolist()
     prompts = ["" if drop else clips.prompts[i] for drop, i in zip(dropped, picked, strict=True)]
-    x1 = torch.randn(x0.shape, generator=generator)
+    x1 = torch.randn(B, C, F, H, W, generator=generator)
     tau = flow.sample_tau(B, F, config.p_async, config.shift, generator, within=noise_range(config))
 
-    mine = slice(part, None, config.accumulate * distributed.size())
     context = clips.context(prompts[mine])
-    x0, x1, tau = (whole[mine].to(device) for whole in (x0, x1, tau))
+    x1, tau = (whole[mine].to(device) for whole in (x1, tau))
     velocity = network(flow.interpolate(x0, x1, tau), tau, context)
     return flow.fafm_loss(velocity, x0, x1, tau, config.weighting) * (len(x0) / B)
 
@@ -291,53 +300,52 @@ def validate(
     return figures
 
 
-def prepare(config: TrainConfig, encoder: nn.Module) -> Dataset:
-    """Encode all clips, or read what an earlier run encoded, and set one in ten (at most 16) apart for validation."""
-    device, cache = config.device, Path(config.cache or Path(config.data) / ".cache")
+def prepare(config: TrainConfig, encoder: nn.Module | None) -> Dataset:
+    """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
+
+    encoder: the text encoder if it is trained too, and prompts become something else at every step.
+    """
+    device, folder = config.device, Path(config.cache or Path(config.data) / ".cache")
     found, sources, skipped, frames, fps = _survey(config)
-    vae, tokenizer = checkpoint.load_vae(config.model, device=device), checkpoint.load_tokenizer(config.model)
+    vae = checkpoint.load_vae(config.model, device=device)
 
     def encode(window: Tensor) -> Tensor:
         with _autocast(device, getattr(torch, config.dtype)):
-            return vae.encode(window.to(device), *sample.pieces(tasks.latent_frames(frames), *window.shape[:-3:-1]))
+            return vae.encode(window.to(device))
 
-    embed = partial(text.embed, tokenizer, encoder)
-    keys = data.latent_keys(sources, frames, fps, f"{data.fingerprint(vae)} {config.dtype}")
+    keys = cache.latent_keys(sources, frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
     for share in distributed.shares():
-        encoded, damaged = data.cached_latents(sources[share], keys[share], frames, fps, encode, cache)
+        encoded, damaged = cache.latents(sources[share], keys[share], frames, fps, encode, folder)
     skipped += damaged
     if damaged:
         _tell_skipped(damaged)
     _refuse(config, len(found), skipped)
     usable = [item for item in zip(sources, keys, encoded, strict=True) if item[2] is not None]
 
-    if config.from_scratch:
-        context = embed
+    if encoder:
+        context = partial(text.embed, checkpoint.load_tokenizer(config.model), encoder)
     else:
-        vocabulary = hashlib.sha256(tokenizer.tokenizer.to_str().encode()).hexdigest()
-        prompts = sorted({source.clip.caption for source, _, _ in usable} | {""})
-        name = f"{data.fingerprint(encoder)} {vocabulary} {tokenizer.text_len}"
+        captions = sorted({source.clip.caption for source, _, _ in usable} | {""})
         for share in distributed.shares():
-            embeddings = data.cached_embeddings(prompts[share], embed, name, cache)
-        known = dict(zip(prompts, embeddings, strict=True))
+            stored = cache.prompts(config.model, captions[share], getattr(torch, config.dtype), device, folder)
+        known, text_len = dict(zip(captions, stored.places, strict=True)), checkpoint.load_config(config.model).text_len
 
         def context(prompts: list[str]) -> Tensor:
-            return torch.stack([known[prompt] for prompt in prompts]).to(device)
+            return text.padded(list(cache.Kept(known[prompt] for prompt in prompts)), text_len).to(device)
 
-    latents, captions, windows = [], [], []  # windows: of each clip, the indices of its own
+    places, prompts, windows = [], [], []  # windows: of each clip, the indices of its own
     for source, _, pieces in usable:
-        windows.append(range(len(latents), len(latents) + len(pieces)))
-        latents += pieces
-        captions += [source.clip.caption] * len(pieces)
+        windows.append(range(len(places), len(places) + len(pieces)))
+        places += pieces.places
+        prompts += [source.clip.caption] * len(pieces)
+    latents = cache.Kept(places)
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
     held = min(16, len(usable) // 10)
     # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
     validation = [windows[k][0] for k in order[:held] or order]
     training = [i for k in order[held:] for i in windows[k]]
     digest = hashlib.sha256(json.dumps([(source.clip.caption, key) for source, key, _ in usable]).encode()).hexdigest()
-    return Dataset(
-        latents, captions, context, validation, data.by_shape(latents, training), digest[:16], tuple(skipped)
-    )
+    return Dataset(latents, prompts, context, validation, data.by_shape(latents, training), digest[:16], tuple(skipped))
 
 
 def _survey(config: TrainConfig) -> tuple[list[data.Clip], list[data.Source], list[data.Skipped], int, float]:
@@ -449,7 +457,7 @@ def _account(
 def _keep_best(config: TrainConfig, clips: Dataset, transformer: Wan, figures: dict, run: dict) -> None:
     """Write `best.safetensors` if the mean of the three validation losses is the lowest so far."""
     score = sum(figures[name] for name in ("sync", "async", "clean")) / 3
-    if run["best"] is None or score < run["best"]:
+    if math.isfinite(score) and (run["best"] is None or score < run["best"]):
         run["best"] = score
         if not config.full:
             _save_lora(config, clips, transformer, run["step"], "best.safetensors")
@@ -541,6 +549,8 @@ def _checked(config: TrainConfig) -> TrainConfig:
         if getattr(config, name) < 1:
             raise ValueError(f"got --{name} {getattr(config, name)}, expected at least 1")
     many = f" on {distributed.size()} processes" if distributed.size() > 1 else ""
+    if config.gpus > 1 and not config.dry_run:
+        raise ValueError(f"got --gpus {config.gpus} without --dry-run; leave it out, it is torchrun that says how many")
     if config.accumulate * distributed.size() > config.batch:
         parts = f"--accumulate {config.accumulate}{many}"
         raise ValueError(f"got {parts} for --batch {config.batch}, expected a window for each part")

@@ -10,6 +10,8 @@ published `Wan2.1_VAE.pth`.
     latents = vae.encode(video)                     # (B, 3, N, 8H, 8W) in [-1, 1] -> (B, 16, F, H, W)
     video = vae.decode(latents, chunk=4)            # the same numbers, in less memory
     video = vae.decode(latents, chunk=1, tile=512)  # nearly the same, in the same memory whatever the frame
+
+Where neither is said, a video is taken whole as long as `MEMORY` suffices, then by chunks, then by tiles too.
 """
 
 from collections.abc import Callable
@@ -29,6 +31,10 @@ WAN_LATENTS_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+
+
+MEMORY = 12 * 2**30  # bytes that encoding or decoding may take beside weights and video, unless asked otherwise
+TILE = 512  # pixels a side, of frames that are too large for it
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,7 @@ class WanVAE(nn.Module):
             video: (B, 3, N, 8H, 8W) in [-1, 1], with N = 4(F-1) + 1.
             chunk: latent frames at a time; None is the whole sequence at once.
             tile: pixels that a part of the frame is at most wide and high, 32 or more; None is the whole frame.
+                If neither is given, `pieces` decides.
         Returns: (B, 16, F, H, W).
         """
         N, height, width = video.shape[2:]
@@ -215,9 +222,14 @@ class WanVAE(nn.Module):
             raise ValueError(f"a video of {N} frames cannot be encoded: expected 4k+1 frames, such as {N // 4 * 4 + 1}")
         if height % 8 or width % 8:
             raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both must be multiples of 8")
+        if chunk is None and tile is None:
+            chunk, tile = self.pieces(len(video), (N + 3) // 4, height, width)
         if tile is not None:
-            return _tiled(lambda part: self.encode(part, chunk), video, tile, 8, 1)
-        video = video.to(self.conv1.weight.dtype)
+            return _tiled(lambda part: self._encode(part, chunk), video, tile, 8, 1)
+        return self._encode(video, chunk)
+
+    def _encode(self, video: Tensor, chunk: int | None) -> Tensor:
+        N, video = video.shape[2], video.to(self.conv1.weight.dtype)
         size = N if chunk is None else 4 * chunk
         past = None if chunk is None else {}
         # The first chunk is short of three frames: its first latent stands for one frame.
@@ -231,13 +243,39 @@ class WanVAE(nn.Module):
 
         `chunk` and `tile` as in `encode`.
         """
+        B, _, frames, H, W = latents.shape
+        if chunk is None and tile is None:
+            chunk, tile = self.pieces(B, frames, 8 * H, 8 * W)
         if tile is not None:
-            return _tiled(lambda part: self.decode(part, chunk), latents, tile, 1, 8)
+            return _tiled(lambda part: self._decode(part, chunk), latents, tile, 1, 8)
+        return self._decode(latents, chunk)
+
+    def _decode(self, latents: Tensor, chunk: int | None) -> Tensor:
         latents = latents.to(self.conv2.weight.dtype)
         mean, std = self._statistics(latents)
         past = None if chunk is None else {}
         pieces = (latents * std + mean).split(chunk or latents.shape[2], dim=2)
         return torch.cat([self.pixels(piece, past) for piece in pieces], dim=2).clamp(-1, 1)
+
+    def pieces(self, B: int, F: int, height: int, width: int) -> tuple[int | None, int | None]:
+        """`chunk` and `tile` for (B, 3, 4(F-1)+1, height, width) pixels: None while `MEMORY` suffices for the whole.
+
+        By the size alone, not by the memory that is free, so that a run gives the same bits wherever it is repeated.
+        """
+        if self._bytes(B, F, height, width) <= MEMORY:
+            return None, None
+        return 1, None if self._bytes(B, 2, height, width) <= MEMORY else TILE
+
+    def decoding_bytes(self, F: int, height: int, width: int) -> int:
+        """About what decoding a video of F latent frames takes beside weights and video; encoding takes less."""
+        chunk, tile = self.pieces(1, F, height, width)
+        height, width = (min(side, tile or side) for side in (height, width))
+        return self._bytes(1, 2 if chunk else F, height, width)  # a chunk, and what is remembered of the one before
+
+    def _bytes(self, B: int, F: int, height: int, width: int) -> int:
+        """Twelve tensors of the widest level, where each pixel, or folded patch, has `dim` channels: as measured."""
+        pixels = B * (4 * F - 3) * height * width // self.config.patch_size**2
+        return 12 * self.config.dim * pixels * self.conv1.weight.dtype.itemsize
 
     def moments(self, video: Tensor, past: dict | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior before normalisation, each (B, 16, F, H, W)."""

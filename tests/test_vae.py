@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,10 @@ from safetensors.torch import load_file
 
 import checkpoint
 import world
-from vae import VAEConfig, WanVAE
+from vae import MEMORY, VAEConfig, WanVAE
 
-GOLDEN = Path(__file__).parent / "golden" / "vae.safetensors"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "vae.safetensors"
 CLOSE = 1e-5  # relative
 
 
@@ -212,6 +216,63 @@ def test_tiles_of_the_embedded_vae_cost_less_than_a_decibel():
     whole = decibels(vae.decode(vae.encode(video)))
     tiled = decibels(vae.decode(vae.encode(video, 1, 64), 1, 64))
     assert all(b > a - 1 for a, b in zip(whole, tiled, strict=True)), (whole, tiled)
+
+
+def test_a_video_is_taken_whole_while_memory_suffices_then_by_chunks_then_by_tiles():
+    with torch.device("meta"):
+        vae = WanVAE(VAEConfig())
+    assert vae.pieces(1, 9, 64, 64) == (None, None)
+    assert vae.pieces(1, 21, 480, 832) == (1, None)
+    assert vae.pieces(1, 21, 720, 1280) == (1, 512)
+    for size in ((21, 720, 1280), (1, 4096, 4096), (200, 480, 832), (9, 64, 64)):
+        assert vae.decoding_bytes(*size) <= MEMORY
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+def test_memory_decides_what_is_not_asked_for(tile, monkeypatch):
+    vae = _small()
+    monkeypatch.setattr(WanVAE, "pieces", lambda *size: (1, tile))
+    for run, x in ((vae.encode, _video(9, 64, 40)), (vae.decode, torch.randn(1, 16, 3, 8, 5))):
+        parts = []
+        hook = (vae.encoder if run == vae.encode else vae.decoder).register_forward_pre_hook(
+            lambda _, inputs, parts=parts: parts.append(inputs[0].shape)
+        )
+        decided = run(x)
+        taken = parts.copy()
+        assert torch.equal(decided, run(x, 1, tile)) and parts == 2 * taken and len(taken) > 2
+        hook.remove()
+
+
+MEASURE = """
+import sys, torch
+from vae import MEMORY, VAEConfig, WanVAE
+
+def peak():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+F, H, W = map(int, sys.argv[1:4])
+vae, asked = WanVAE(VAEConfig()), tuple(map(int, sys.argv[4:]))
+with torch.no_grad():
+    vae.decode(torch.randn(1, 16, 1, 4, 4))
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = peak()
+    video = vae.decode(torch.randn(1, 16, F, H, W), *asked)
+print(peak() - before - 4 * video.numel())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("size, chunk", [((1, 32, 32), ()), ((3, 16, 16), ()), ((3, 16, 16), (1,))])
+def test_decoding_takes_the_memory_that_is_told(size, chunk):
+    run = [sys.executable, "-c", MEASURE, *map(str, size + chunk)]
+    # Each tensor by a mapping of its own, so that what is measured is tensors and not the allocator's leftovers.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    output = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    measured = int(output)
+    with torch.device("meta"):
+        told = WanVAE(VAEConfig())._bytes(1, 2 if chunk else size[0], 8 * size[1], 8 * size[2])
+    assert 0.4 * told < measured < told
 
 
 def test_tiles_that_are_too_small_are_refused(vae):

@@ -1,0 +1,170 @@
+"""cache.py: nothing is computed twice, nothing else is taken for it, and half a file is never read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import model_fixture  # noqa: F401 (a fixture)
+
+import cache
+import checkpoint
+import data
+import text
+
+
+def written(path, N=9, seed=0):
+    noise = torch.rand(3, N, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    data.write_video(path, noise, 16)
+    return path
+
+
+class CountingVAE(torch.nn.Module):
+    """Stands in for the VAE: keeps every fourth frame at an eighth of the size, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.calls = torch.nn.Parameter(torch.ones(1)), 0
+
+    def encode(self, video):
+        self.calls += 1
+        return self.scale * video[:, :1, ::4, ::8, ::8].repeat(1, 16, 1, 1, 1)
+
+
+def test_latents_are_computed_once(tmp_path, capsys):
+    vae, folder = CountingVAE(), tmp_path / "cache"
+    clips = [data.Clip(written(tmp_path / "a.mp4"), "a"), data.Clip(written(tmp_path / "b.mp4", 20), "b")]
+
+    def latents(size=(32, 32), frames=9, fps=16, name="tiny", clips=clips):
+        sources = [data.Source(clip, size, 1) for clip in clips]
+        keys = cache.latent_keys(sources, frames, fps, name)
+        stored, _ = cache.latents(sources, keys, frames, fps, vae.encode, folder)
+        return [torch.stack(list(windows)) for windows in stored]
+
+    first = latents()
+    assert vae.calls == 3 and "2/2" in capsys.readouterr().err
+    assert [x.shape for x in first] == [(1, 16, 3, 4, 4), (2, 16, 3, 4, 4)] and first[0].dtype == torch.float32
+    assert not first[0].requires_grad and not first[1][0].equal(first[1][1])
+    again = latents()
+    assert vae.calls == 3 and capsys.readouterr().err == ""
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+
+    for changed, calls in (
+        ({"size": (16, 16)}, 3),
+        ({"frames": 5}, 5),
+        ({"fps": 8, "frames": 5}, 3),
+        ({"name": "o"}, 3),
+    ):
+        before = vae.calls
+        latents(**changed)
+        assert vae.calls == before + calls, changed
+
+    before = vae.calls
+    (tmp_path / "c.mp4").write_bytes(clips[1].path.read_bytes())
+    assert latents(clips=[data.Clip(tmp_path / "c.mp4", "renamed")])[0].equal(first[1]) and vae.calls == before
+    written(clips[0].path, seed=1)  # the same name, another content
+    changed = latents()
+    assert vae.calls == before + 1 and not changed[0].equal(first[0]) and changed[1].equal(first[1])
+
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:-7])
+    assert all(a.equal(b) for a, b in zip(changed, latents(), strict=True)) and vae.calls == before + 4
+    assert all(a.equal(b) for a, b in zip(changed, latents(), strict=True)) and vae.calls == before + 4
+
+
+def test_a_damaged_clip_gives_its_reason_and_no_latents(tmp_path):
+    (tmp_path / "a.mp4").write_text("no video")
+    sources = [data.Source(data.Clip(tmp_path / "a.mp4", "a"), (32, 32), 1)]
+    sources += [data.Source(data.Clip(written(tmp_path / "b.mp4"), "b"), (32, 32), 1)] * 2
+    latents, skipped = cache.latents(sources, ["a", "b", "c"], 9, 16, CountingVAE().encode, tmp_path / "cache")
+    assert latents[0] is None and latents[1][0].equal(latents[2][0])
+    assert [(path.name, reason.startswith("cannot be read")) for path, reason in skipped] == [("a.mp4", True)]
+
+
+def test_an_interrupted_write_is_never_read_and_runs_may_share_a_cache(tmp_path, monkeypatch):
+    original = cache.save_file
+
+    def cut(tensors, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    def embed(prompt):
+        if prompt == "b":  # meanwhile, another run writes the same
+            cache.embeddings(["b"], lambda prompt: torch.ones(2, 2), "tiny", tmp_path)
+        return torch.ones(2, 2)
+
+    monkeypatch.setattr(cache, "save_file", cut)
+    with pytest.raises(KeyboardInterrupt):
+        cache.embeddings(["a"], embed, "tiny", tmp_path)
+    monkeypatch.setattr(cache, "save_file", original)
+    assert list(tmp_path.iterdir()) == []
+    assert [x.sum().item() for x in cache.embeddings(["a", "b"], embed, "tiny", tmp_path)] == [4, 4]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_embeddings_are_computed_once(tmp_path):
+    calls = []
+
+    def embed(prompt):
+        calls.append(prompt)
+        return torch.full((4, 8), float(len(prompt)), dtype=torch.bfloat16, requires_grad=True)
+
+    prompts = ["a ball", "a red ball", "a ball", ""]
+    first = cache.embeddings(prompts, embed, "tiny", tmp_path)
+    assert calls == ["a ball", "a red ball", ""]
+    assert [x[0, 0].item() for x in first] == [6, 10, 6, 0] and first[0].shape == (4, 8)
+    assert cache.embeddings(prompts, embed, "tiny", tmp_path)[1].equal(first[1]) and len(calls) == 3
+    cache.embeddings(prompts[:1], embed, "other", tmp_path)
+    assert len(calls) == 4
+    next(tmp_path.iterdir()).write_bytes(b"")
+    cache.embeddings(prompts, embed, "tiny", tmp_path)
+    cache.embeddings(prompts[:1], embed, "other", tmp_path)
+    assert len(calls) == 5
+
+
+def test_stored_tensors_are_read_one_at_a_time_and_leave_no_file_open(tmp_path):
+    stored = cache.embeddings(
+        [str(n) for n in range(50)], lambda prompt: torch.full((3, 2), float(prompt)), "", tmp_path
+    )
+    assert [x[0, 0].item() for x in stored] == list(range(50)) and len(stored) == 50
+    maps = Path("/proc/self/maps")
+    kept = [stored[n] for n in range(50)]
+    assert not maps.exists() or sum(str(tmp_path) in line for line in maps.read_text().splitlines()) <= len(kept)
+    del kept
+    assert not maps.exists() or str(tmp_path) not in maps.read_text()
+
+
+def test_prompts_load_the_encoder_only_for_what_is_new_and_keep_no_padding(model, tmp_path, monkeypatch):
+    loaded, load = [], checkpoint.load_text_encoder
+    monkeypatch.setattr(checkpoint, "load_text_encoder", lambda *a: loaded.append(a) or load(*a))
+
+    def prompts(*texts, model=model, dtype=torch.float32):
+        return cache.prompts(str(model), texts, dtype, "cpu", tmp_path / "cache")
+
+    first = prompts("a red circle", "a red circle moving left")
+    tokenizer, encoder = checkpoint.load_tokenizer(model), load(model, torch.float32)
+    with torch.no_grad():
+        whole = text.embed(tokenizer, encoder, ["a red circle moving left"])
+    assert len(first[0]) < len(first[1]) < tokenizer.text_len
+    assert torch.equal(text.padded([first[1]], tokenizer.text_len), whole)
+    assert len(loaded) == 1
+    moved = shutil.copytree(model, tmp_path / "elsewhere")
+    assert torch.equal(prompts("a red circle", model=moved)[0], first[0]) and len(loaded) == 1
+    prompts("a blue circle")
+    assert len(loaded) == 2
+    prompts("a red circle", dtype=torch.bfloat16)
+    assert len(loaded) == 3
+    weights = moved / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
+    assert not torch.equal(prompts("a red circle", model=moved)[0], first[0]) and len(loaded) == 4
+
+
+def test_fingerprint_tells_weights_apart(model):
+    vae = checkpoint.load_vae(model)
+    before = cache.fingerprint(vae)
+    assert cache.fingerprint(checkpoint.load_vae(model)) == before
+    with torch.no_grad():
+        vae.decoder.conv1.bias[3] += 1e-6
+    assert cache.fingerprint(vae) != before
