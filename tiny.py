@@ -36,8 +36,7 @@ VAE = VAEConfig(
     latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16,
 )  # fmt: skip
 KL_WEIGHT = 1e-3  # high for a VAE: what survives the noise is smooth, which is what a small transformer can learn
-
-
+PAIRS = 0.6  # share of training clips with two shapes: only they teach which word belongs to which shape
 TEXT_LEN = 32
 PRESET = checkpoint.Preset(
     size=(world.SIDE, world.SIDE), frames=world.FRAMES, fps=world.FPS, steps=10, shift=3.0, guidance=3.0, noise=0.0,
@@ -62,7 +61,7 @@ def grow(config: TinyConfig) -> None:
     """Run every stage that has no result yet; each goes on from where it was stopped."""
     work, out = Path(config.work), Path(config.out)
     clips, seedling = work / "clips", work / "seedling"
-    world.write(clips, config.clips, seed=1)
+    world.write(clips, config.clips, seed=1, pairs=PAIRS)
     if not (seedling / "vae" / "diffusion_pytorch_model.safetensors").exists():
         vae = measured(train_vae(work, config.vae_steps, batch=4, lr=1e-3, compile=config.compile))
         checkpoint.save_pipeline(seedling, vae=vae, dtype={"vae": torch.bfloat16})
@@ -241,7 +240,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def _unseen_either_way(scene: world.Scene) -> bool:
-    """Whether training saw a pair of shapes in neither order; `held_out` alone asks for the order that is written."""
+    """Whether training saw neither a pair of shapes nor the same two the other way round."""
     return world.held_out(dataclasses.replace(scene, things=scene.things[::-1]).caption)
 
 

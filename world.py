@@ -1,9 +1,9 @@
 """The toy world: captioned clips of moving shapes whose truth is known to the pixel.
 
 One or two shapes slide over a background and bounce off the walls; the caption says all there is to know but the place
-where they start. Because the rules are exact, so is the judgement of a generated clip: `read` finds shape, colour, size
-and position of whatever is in a frame. The world is as plain as it can be, so that two cores can learn it: shapes are
-large, start on a coarse grid, and two of them never meet.
+where they start, and names two of them from left to right. Because the rules are exact, so is the judgement of a
+generated clip: `read` finds shape, colour, size and position of whatever is in a frame. The world is as plain as it can
+be, so that two cores can learn it: shapes are large, start on a coarse grid, and two of them never meet.
 
     python world.py --out data/world --count 4000
 """
@@ -78,7 +78,7 @@ def scenes(count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> I
 def _random_scene(draw: random.Random, count: int) -> Scene:
     while True:
         colours = draw.sample(list(COLOURS), count)
-        things = tuple(_random_thing(draw, colour) for colour in colours)
+        things = tuple(sorted((_random_thing(draw, colour) for colour in colours), key=lambda thing: thing.x))
         if count == 1 or _keep_apart(*things):
             return Scene(draw.choice(BACKGROUNDS), things)
 
@@ -192,9 +192,9 @@ def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
     return frames
 
 
-def write(folder: Path | str, count: int, seed: int, unseen: bool = False) -> None:
+def write(folder: Path | str, count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> None:
     """Write `count` clips as mp4 with a caption beside each; clips that are there already are kept."""
-    wanted = list(scenes(count, seed, unseen))
+    wanted = list(scenes(count, seed, unseen, pairs))
     missing = data.missing_clips(folder, [scene.caption for scene in wanted])
     progress = cli.Progress(count, "clips", count - len(missing))
     for index in missing:
@@ -208,11 +208,12 @@ class WorldConfig:
     count: int = cli.option(4000, "number of clips")
     seed: int = cli.option(0, "seed of the scenes")
     unseen: bool = cli.option(False, "write clips with the captions that training never sees")
+    pairs: float = cli.option(0.2, "share of the clips that have two shapes")
 
 
 def main() -> None:
     config = cli.parse(WorldConfig, __doc__)
-    write(config.out, config.count, config.seed, config.unseen)
+    write(config.out, config.count, config.seed, config.unseen, config.pairs)
     print(f"{config.count} clips in {config.out}")
 
 

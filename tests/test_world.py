@@ -40,6 +40,7 @@ def test_scenes_have_one_shape_or_two_that_differ():
     assert len(pairs) / len(scenes) == pytest.approx(0.2, abs=0.05)
     for a, b in pairs:
         assert a.colour != b.colour and a.shape != b.shape
+        assert a.x <= b.x, "named from left to right"
         gap = (world.positions(a) - world.positions(b)).norm(dim=1).min()
         assert gap > 1.2 * (world.SIZES[a.size] + world.SIZES[b.size]), "they never touch"
     for scene in scenes:
