@@ -159,3 +159,18 @@ def test_it_is_what_sample_py_runs_without_flags(tmp_path):
     result = call(sample, "--out", tmp_path / "a.mp4")
     assert result.status == 0, result.err
     assert data.read_video(tmp_path / "a.mp4").shape == (3, world.FRAMES, world.SIDE, world.SIDE)
+
+
+@pytest.mark.slow
+def test_one_command_grows_a_model_from_nothing_and_does_nothing_twice(tmp_path):
+    out, flags = tmp_path / "out", ["--clips", 20, "--vae-steps", 2, "--base-steps", 2, "--lora-steps", 2]
+    grown = call(tiny, *flags, "--work", tmp_path / "work", "--out", out)
+    assert grown.status == 0, grown.err
+    pipeline = checkpoint.load_pipeline(out)
+    matrices = lora.load(out / "lora.safetensors")
+    lora.merge(pipeline.transformer, matrices, pipeline.preset.strength)
+    assert {part.dtype for pair in matrices.values() for part in pair[:2]} == {torch.bfloat16}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = call(tiny, *flags, "--work", tmp_path / "work", "--out", out)
+    assert again.status == 0 and "training" not in again.err + again.out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
