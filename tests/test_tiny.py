@@ -123,6 +123,13 @@ def test_prompts_are_followed(pusa, truth):
 
 
 @torch.no_grad()
+def test_two_shapes_get_their_own_words_more_often_than_by_chance(pusa):
+    scenes = list(world.scenes(12, seed=12, unseen=True, pairs=1.0))
+    videos = tiny.generate(pusa, scenes, torch.stack([world.render(scene) for scene in scenes]), "t2v")
+    assert sum(map(tiny.as_prompted, scenes, videos)) >= 4  # half, as measured; a model that mixes words up has one
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("name", "given"), [("i2v", 1), ("extend", 13)])
 def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, pusa, truth):
     videos = tiny.generate(pusa, SCENES, truth, name)
