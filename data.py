@@ -497,11 +497,11 @@ def filmstrip(
     return sheet
 
 
-def by_shape(latents: Sequence[Tensor], indices: Sequence[int]) -> list[list[int]]:
-    """The indices in buckets, of which each has latents of one shape."""
-    buckets: dict[torch.Size, list[int]] = {}
+def by_shape(shapes: Sequence[tuple[int, ...]], indices: Sequence[int]) -> list[list[int]]:
+    """The indices in buckets, of which each has one shape."""
+    buckets: dict[tuple[int, ...], list[int]] = {}
     for index in indices:
-        buckets.setdefault(latents[index].shape, []).append(index)
+        buckets.setdefault(shapes[index], []).append(index)
     return list(buckets.values())
 
 

@@ -282,7 +282,7 @@ def validate(
     for name in taus.keys() & {"clean", "copy"}:
         taus[name][:, 0] = 0
     figures = dict.fromkeys(taus, 0.0)
-    for bucket in data.by_shape(x1s, range(V)):
+    for bucket in data.by_shape([x1.shape for x1 in x1s], range(V)):
         for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
             x0 = torch.stack([clips.latents[shown[i]] for i in members]).to(device)
             x1 = torch.stack([x1s[i] for i in members]).to(device)
@@ -333,11 +333,12 @@ def prepare(config: TrainConfig, encoder: nn.Module | None) -> Dataset:
         def context(prompts: list[str]) -> Tensor:
             return text.padded(list(cache.Kept(known[prompt] for prompt in prompts)), text_len).to(device)
 
-    places, prompts, windows = [], [], []  # windows: of each clip, the indices of its own
+    places, prompts, sizes, windows = [], [], [], []  # windows: of each clip, the indices of its own
     for source, _, pieces in usable:
         windows.append(range(len(places), len(places) + len(pieces)))
         places += pieces.places
         prompts += [source.clip.caption] * len(pieces)
+        sizes += [source.size] * len(pieces)  # in pixels; of one size, latents have one shape
     latents = cache.Kept(places)
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
     held = min(16, len(usable) // 10)
@@ -345,7 +346,7 @@ def prepare(config: TrainConfig, encoder: nn.Module | None) -> Dataset:
     validation = [windows[k][0] for k in order[:held] or order]
     training = [i for k in order[held:] for i in windows[k]]
     digest = hashlib.sha256(json.dumps([(source.clip.caption, key) for source, key, _ in usable]).encode()).hexdigest()
-    return Dataset(latents, prompts, context, validation, data.by_shape(latents, training), digest[:16], tuple(skipped))
+    return Dataset(latents, prompts, context, validation, data.by_shape(sizes, training), digest[:16], tuple(skipped))
 
 
 def _survey(config: TrainConfig) -> tuple[list[data.Clip], list[data.Source], list[data.Skipped], int, float]:
