@@ -36,7 +36,8 @@ def load_state(out: Path, settings: dict, may_change: set[str]) -> dict | None:
     """The last state of a run, its tensors on the CPU, or None if it stopped before its first save.
 
     Raises ValueError if there is no run, if the state cannot be read, and if a setting outside of `may_change` is
-    another than when the run began: it could not end as it would have.
+    another than when the run began: it could not end as it would have. More `steps` are no mistake: nobody who asks for
+    them wants the same end.
     """
     path = newest_state(out)
     if path is None:
@@ -52,7 +53,8 @@ def load_state(out: Path, settings: dict, may_change: set[str]) -> dict | None:
             f"cannot read {path} ({reason}); delete it to go on from the one before, or start again with another --out"
         ) from error
     for name in settings.keys() & state["settings"].keys() - may_change:
-        if settings[name] != state["settings"][name]:
+        longer = name == "steps" and settings[name] > state["settings"][name]
+        if settings[name] != state["settings"][name] and not longer:
             raise ValueError(
                 f"got --resume with {settings[name]} as --{name.replace('_', '-')}, but the run in {out} began with "
                 f"{state['settings'][name]}, and must end as if it had never stopped; repeat its flags, which are in "

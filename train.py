@@ -86,7 +86,8 @@ class TrainConfig:
 
 
 # Flags that may differ when a run goes on: they say where and how it is computed, not what. The data may have moved;
-# that they are the same is told by their content. --steps is not among them, as the learning rate comes down by it.
+# that they are the same is told by their content. --steps may only be raised: the learning rate, which comes down by
+# them, then goes on from where it would be in the longer run.
 _MAY_CHANGE = {
     "data", "out", "cache", "strict", "accumulate", "gradient_checkpointing", "save_every", "keep", "val_every",
     "sample_every", "resume", "dry_run", "gpus", "compile", "device",

@@ -823,11 +823,22 @@ def test_a_run_is_not_replaced(run, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--rank 4", "--full", "--seed 1", "--lr 1e-4", "--steps 3", "--batch 3", "--p-async 0", "--size 48x32"]
+    "flags", ["--rank 4", "--full", "--seed 1", "--lr 1e-4", "--steps 1", "--batch 3", "--p-async 0", "--size 48x32"]
 )
 def test_a_run_does_not_go_on_as_another(flags, run, finished, tmp_path):
     mistake(run("--resume", "--steps", 2, *flags.split()), "got --resume", flags.split()[0], "settings.json")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == finished
+
+
+def test_a_finished_run_goes_on_with_more_steps(run, finished, tmp_path):
+    result = run("--resume", "--steps", 5)
+    assert result.status == 0 and "going on from step 2" in result.out, result
+    figures = _metrics(tmp_path / "out")
+    assert [line["step"] for line in figures] == [1, 2, 3, 4, 5]
+    assert figures[2]["lr"] == pytest.approx(1e-3 * train.rate(2, 5)) and figures[2]["lr"] > figures[1]["lr"]
+    assert (tmp_path / "out" / "lora.safetensors").read_bytes() != finished["lora.safetensors"]
+    again = run("--resume", "--steps", 5)
+    assert again.status == 0 and "going on from step 5" in again.out, again
 
 
 def test_a_run_does_not_go_on_with_other_clips_but_with_the_same_elsewhere(run, finished, clips, tmp_path):
