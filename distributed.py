@@ -1,4 +1,5 @@
-"""Training by several processes, each with a GPU of its own, on one machine or many. PyTorch's torchrun starts them:
+"""Training by several processes, each with a GPU of its own, on one machine or many that see the same
+folders. PyTorch's torchrun starts them:
 
     torchrun --nproc-per-node 8 train.py --data clips/ --batch 8
 

@@ -52,10 +52,11 @@ class LoRALinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.alpha = alpha
-        like = {"device": linear.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(±1/√in), as in PEFT
+        device = linear.weight.device
+        A = torch.empty(rank, linear.in_features, device="meta" if device.type == "meta" else "cpu")
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # U(±1/√in), as in PEFT; a seed gives the same on any device
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.lora_A.to(x.dtype))  # (…, rank)

@@ -109,8 +109,7 @@ def open_folder(out: Path, settings: dict, facts: dict, step: int) -> None:
         if unfinished.is_file():
             unfinished.unlink()
     for name, content in (("settings.json", settings), ("facts.json", facts)):
-        with cli.replacing(out / name) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        cli.write_json(out / name, content)
     lines = [line for line in read_metrics(out) if line["step"] <= step]
     with cli.replacing(out / "metrics.jsonl") as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -135,15 +134,21 @@ def log(out: Path, board, figures: dict[str, float]) -> None:
                 board.add_scalar(name, value, figures["step"])
 
 
-def tensorboard(out: Path, step: int):
-    """TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
-    if distributed.rank() > 0:
-        return None
+@contextmanager
+def tensorboard(out: Path, step: int) -> Iterator:
+    """Yields TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        SummaryWriter = None
+    if SummaryWriter is None or distributed.rank() > 0:
+        yield None
+        return
+    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+    try:
+        yield board
+    finally:
+        board.close()  # it writes every two minutes, and now
 
 
 @contextmanager

@@ -113,24 +113,30 @@ def train(config: TrainConfig) -> Path:
     if not config.resume and resume.newest_state(out):
         raise ValueError(f"got --out {out}, which holds a run; go on with --resume, or choose another folder")
     state = resume.load_state(out, vars(config), _MAY_CHANGE) if config.resume else None
+    for result in (out / "lora.safetensors", out / "model"):
+        if state is None and result.exists():
+            raise ValueError(f"{result} is there, but no state to go on from; choose another --out, or move it away")
 
     encoder = None
     if config.from_scratch:
-        encoder = checkpoint.load_text_encoder(config.model, torch.float32, device).requires_grad_()
+        encoder = checkpoint.load_text_encoder(config.model, torch.float32).requires_grad_()
     clips = prepare(config, encoder)
     transformer = _base(config)
     torch.manual_seed(config.seed)
     if config.from_scratch:
-        transformer.init_weights()
+        transformer.init_weights()  # on the CPU, so that a seed gives the same on any device
         encoder.init_weights()
     base = cache.fingerprint(transformer) if distributed.rank() == 0 else None
     inputs = {"clips": clips.digest, "base model": distributed.agreed(base)}
     trainable(transformer, config)
     if config.gradient_checkpointing:
         recompute_blocks(transformer)
+    models = [transformer, encoder] if config.from_scratch else [transformer]
     if distributed.size() > 1:
         shard(transformer, encoder, device)
-    models = [transformer, encoder] if config.from_scratch else [transformer]
+    else:
+        for model in models:
+            model.to(device)
     trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     if config.compile:
         torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape is compiled apart
@@ -142,8 +148,8 @@ def train(config: TrainConfig) -> Path:
         print(f"going on from step {run['step']}")
     resume.open_folder(out, vars(config), _facts(config, clips, transformer, trained), run["step"])
 
-    board, progress = resume.tensorboard(out, run["step"]), cli.Progress(config.steps, "training", run["step"])
-    with resume.stopping() as stopping:
+    progress = cli.Progress(config.steps, "training", run["step"])
+    with resume.stopping() as stopping, resume.tensorboard(out, run["step"]) as board:
         for step in range(run["step"], config.steps):
             begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -187,10 +193,13 @@ def train(config: TrainConfig) -> Path:
 
 
 def _base(config: TrainConfig) -> Wan:
-    """The transformer to start from. Of several processes the first has it, on the CPU, the others its outline."""
+    """The transformer to start from; on the CPU if it is to be drawn anew or shared, by the first of the processes.
+
+    The other processes get its outline.
+    """
     if distributed.rank() > 0:
         return checkpoint.outline(config.model)[0]
-    device = config.device if distributed.size() == 1 else "cpu"
+    device = "cpu" if config.from_scratch or distributed.size() > 1 else config.device
     return checkpoint.load_transformer(config.model, _stored(config), device, config.expert or "high")
 
 
@@ -429,7 +438,8 @@ def rehearse(config: TrainConfig) -> str:
 
 def _facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:
     gpu, many = torch.device(config.device).type == "cuda", distributed.size()
-    device = torch.cuda.get_device_name(config.device) if gpu else f"CPU, threads: {torch.get_num_threads()}"
+    threads = f"threads: {torch.get_num_threads()}"
+    device = torch.cuda.get_device_name(config.device) if gpu else f"{config.device.upper()}, {threads}"
     return {
         "base": config.model,
         "parameters": sum(p.numel() for p in transformer.parameters()),
@@ -489,6 +499,8 @@ def _write_result(config: TrainConfig, transformer: Wan, encoder: nn.Module | No
     transformer = _gathered(config, transformer, 0)
     encoder = encoder and _gathered(config, encoder, 2)
     result, preset = Path(config.out) / "model", checkpoint.load_preset(config.model)
+    if config.expert:
+        preset = dataclasses.replace(preset, boundary=config.boundary)
     if distributed.rank() > 0:
         return result
     vae, tokenizer = checkpoint.load_vae(config.model), checkpoint.load_tokenizer(config.model)
@@ -553,8 +565,8 @@ def _checked(config: TrainConfig) -> TrainConfig:
     many = f" on {distributed.size()} processes" if distributed.size() > 1 else ""
     if config.gpus > 1 and not config.dry_run:
         raise ValueError(f"got --gpus {config.gpus} without --dry-run; leave it out, it is torchrun that says how many")
-    if config.accumulate * distributed.size() > config.batch:
-        parts = f"--accumulate {config.accumulate}{many}"
+    if config.accumulate * distributed.size() * config.gpus > config.batch:
+        parts = f"--accumulate {config.accumulate}{many or f' on {config.gpus} GPUs' * (config.gpus > 1)}"
         raise ValueError(f"got {parts} for --batch {config.batch}, expected a window for each part")
     for flag in ("muon", "compile"):
         if many and getattr(config, flag):

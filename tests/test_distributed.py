@@ -62,7 +62,7 @@ def _assert_alike(folder, other):
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() & {"loss", "smooth", "sync", "async", "clean", "copy", "best"} - {None}:
+        for name in a.keys() & {"loss", "smooth", "sync", "async", "clean", "copy", "best"}:
             assert a[name] == b[name] or abs(a[name] - b[name]) < 1e-4, (name, a, b)
     ours, theirs = lora.load(folder / "lora.safetensors"), lora.load(other / "lora.safetensors")
     assert list(ours) == list(theirs)
@@ -265,9 +265,26 @@ def test_what_several_processes_cannot_do_is_refused(flags, words, model, clips,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_takes_a_gpu_of_its_own_or_the_cpu(model, clips, tmp_path, monkeypatch):
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process is told that it is one of torchrun's."""
     for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_process_takes_a_gpu_of_its_own_or_the_cpu(second_of_two, kind, monkeypatch):
+    seen = []
+    monkeypatch.setattr(distributed.cli, "pick_device", lambda name: name or kind)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(device))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, device_id, **_: seen.append(backend))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with distributed.joined(None) as device:
+        assert device == {"cuda": "cuda:1", "cpu": "cpu"}[kind]
+    assert seen == {"cuda": ["cuda:1", "nccl"], "cpu": ["gloo"]}[kind]
+
+
+def test_other_devices_do_not_work_together(second_of_two, model, clips, tmp_path):
     mistake(call(train, *_flags(model, clips, tmp_path, "--device", "meta")), "--device meta", "expected cuda")
 
 

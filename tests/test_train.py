@@ -167,11 +167,14 @@ def test_tensorboard_gets_every_figure_where_it_is_installed(run, tmp_path, monk
         def add_scalar(self, name, value, step):
             seen.append((name, value, step))
 
+        def close(self):
+            seen.append("closed")
+
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     assert run("--steps", 2).status == 0
     lines = _metrics(tmp_path / "out")
     expected = {(name, line[name], line["step"]) for line in lines for name in line if name != "step" and line[name]}
-    assert len(seen) == len(expected) and set(seen) == expected
+    assert seen.pop() == "closed" and len(seen) == len(expected) and set(seen) == expected
 
 
 def test_full_from_scratch_writes_a_model_that_sample_runs(run, loaded, model, tmp_path):
@@ -369,7 +372,7 @@ def test_sigkill(run, model, clips, tmp_path):
     assert run(*flags, out="whole").status == 0
     out = tmp_path / "out"
     common = ["--model", model, "--data", clips, "--out", out, "--dtype", "float32", "--rank", 2, "--batch", 2, *flags]
-    command = [sys.executable, "train.py", *map(str, common)]
+    command = [sys.executable, "train.py", "--device", "cpu", *map(str, common)]
     moments = (
         lambda: len(list(out.glob("state-*.pt"))) == 2,
         lambda: any(".state" in path.name for path in out.glob(".*.tmp*")),
@@ -540,6 +543,8 @@ def test_all_weights_of_an_expert_are_written_beside_the_other(run, two, tmp_pat
         before, after = (checkpoint.load_transformer(folder, expert=expert).state_dict() for folder in (two, made))
         assert all(torch.equal(before[name], after[name]) for name in before) == same, expert
     assert checkpoint.load_preset(made).boundary == 0.8
+    assert run("--model", two, "--expert", "low", "--boundary", 0.7, "--full", "--steps", 1, out="other").status == 0
+    assert checkpoint.load_preset(tmp_path / "other" / "model").boundary == 0.7, "where it was trained"
 
 
 @pytest.mark.parametrize(
@@ -777,6 +782,7 @@ def test_rate_warms_up_and_comes_down(steps):
         ("--muon", ["--muon without --full", "add --full"]),
         ("--resume", ["got --resume", "no run in", "without --resume"]),
         ("--accumulate 3", ["--accumulate 3", "--batch 2"]),
+        ("--gpus 3 --dry-run", ["--accumulate 1 on 3 GPUs", "--batch 2"]),
         ("--keep 0", ["got --keep 0", "at least 1"]),
         ("--frames 26", ["got 26 frames", "4k+1"]),
         ("--frames 0", ["got 0 frames", "4k+1"]),
@@ -819,6 +825,15 @@ def finished(short, tmp_path):
 
 def test_a_run_is_not_replaced(run, finished, tmp_path):
     mistake(run("--steps", 2), str(tmp_path / "out"), "holds a run", "--resume")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == finished
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_result_without_its_states_is_not_replaced(resume, run, finished, tmp_path):
+    for path in (tmp_path / "out").glob("state-*"):
+        path.unlink()
+        del finished[path.name]
+    mistake(run("--steps", 2, *resume), "lora.safetensors is there", "another --out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == finished
 
 
