@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cli import replacing
+from cli import replacing, write_json
 from model import Wan, WanConfig
 from names import (
     TEXT_FIELDS,
@@ -59,7 +59,7 @@ HEAD_SIZE = 128  # of every published Wan transformer; nothing in a single file 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a model is best sampled: what its weights do not say. The defaults are those of Pusa on Wan2.1-T2V-1.3B."""
+    """How a model is best sampled: what its weights do not say. The defaults are those of Wan2.1-T2V-1.3B."""
 
     size: tuple[int, int] = (832, 480)  # width and height in pixels
     frames: int = 81
@@ -96,8 +96,6 @@ class Pipeline:
     text_encoder: UMT5Encoder
     tokenizer: Tokenizer
     preset: Preset
-    path: Path
-    name: str
     transformer_2: Wan | None = None  # Wan2.2's low-noise expert; `transformer` is then the high-noise one
 
 
@@ -129,7 +127,7 @@ def _fits(value, kind) -> bool:
 
 
 def save_preset(folder: str | Path, preset: Preset) -> None:
-    _write_json(Path(folder) / "sampling.json", asdict(preset))
+    write_json(Path(folder) / "sampling.json", asdict(preset))
 
 
 def load_pipeline(model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Pipeline:
@@ -145,8 +143,6 @@ def load_pipeline(model: str | Path, dtype: torch.dtype | None = None, device: s
         text_encoder=load_text_encoder(path, dtype, device),
         tokenizer=load_tokenizer(path),
         preset=load_preset(path),
-        path=path,
-        name=path.resolve().name if Path(model).exists() else str(model),
     )
 
 
@@ -293,20 +289,20 @@ def save_pipeline(
     if text_encoder is not None:
         path = folder / "text_encoder" / "model.safetensors"
         _write(path, text_encoder, TEXT_NAMES, dtype.get("text_encoder"))
-        _write_json(path.with_name("config.json"), _text_json(text_encoder.config))
+        write_json(path.with_name("config.json"), _text_json(text_encoder.config))
     if vae is not None:
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
         _write(path, vae, vae_names(vae.config), dtype.get("vae"))
-        _write_json(path.with_name("config.json"), _vae_json(vae.config))
+        write_json(path.with_name("config.json"), _vae_json(vae.config))
     for part, model in (("transformer", transformer), ("transformer_2", transformer_2)):
         if model is not None:
             path = folder / part / "diffusion_pytorch_model.safetensors"
             _write(path, model, TRANSFORMER_NAMES, dtype.get(part))
-            _write_json(path.with_name("config.json"), _transformer_json(model.config))
+            write_json(path.with_name("config.json"), _transformer_json(model.config))
     if transformer is not None:
         both = {"transformer_2": _INDEX["transformer"], "boundary_ratio": boundary}
-        _write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": shift})
-        _write_json(folder / "model_index.json", {**_INDEX, **(both if transformer_2 else {})})
+        write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": shift})
+        write_json(folder / "model_index.json", {**_INDEX, **(both if transformer_2 else {})})
 
 
 # Reading.
@@ -745,8 +741,3 @@ def _write(path: Path, model: nn.Module, table: Table, dtype: torch.dtype | None
     state = {rename(name, table): tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ given, what was expected and what to do; `run` prints it as one sentence and exi
 
 import argparse
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -42,11 +43,11 @@ def parse(config_class, doc: str, argv: list[str] | None = None):
     return config_class(**vars(parser.parse_intermixed_args(argv)))
 
 
-def run(command, *arguments) -> None:
+def run(command) -> None:
     """Run a command's main function; a mistake of the user's ends in one sentence and exit status 2."""
     name = Path(sys.argv[0]).name
     try:
-        command(*arguments)
+        command()
     except KeyboardInterrupt as stop:
         after_progress = "\n" if sys.stderr.isatty() else ""
         print(f"{after_progress}{name}: {str(stop) or 'stopped'}", file=sys.stderr)
@@ -58,10 +59,18 @@ def run(command, *arguments) -> None:
         print(f"{name}: {sentence}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which may not be loaded
+        kind = type(error).__name__  # torch's, which may not be loaded
+        if kind == "OutOfMemoryError":
+            sentence = (
+                "the device has not enough memory for this; try a smaller --size or --frames; --offload to sample; "
+                "--gradient-checkpointing or --accumulate to train"
+            )
+        elif kind in ("InductorError", "TritonMissing", "GPUTooOldForTriton"):
+            reason = str(error).splitlines()[0]
+            sentence = f"--compile failed ({reason}); leave it out, or install a C++ compiler, for a GPU also Triton"
+        else:
             raise
-        advice = "a smaller --size or --frames; --offload to sample; --gradient-checkpointing or --accumulate to train"
-        print(f"{name}: the device has not enough memory for this; try {advice}", file=sys.stderr)
+        print(f"{name}: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -82,6 +91,11 @@ def replacing(path: Path | str):
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, content: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class Progress:

@@ -199,10 +199,11 @@ def _count(module: nn.Module) -> int:
 
 def _speed(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of this machine in matrix products."""
-    a = torch.ones(512, 512, dtype=dtype, device=device)
+    n = 512 if device == "cpu" else 8192  # a small product would measure how fast a GPU is told what to do
+    a = torch.ones(n, n, dtype=dtype, device=device)
     a @ a
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < 0.25:
         (a @ a)[0, 0].item()
         done += 1
-    return done * 2 * 512**3 / (time.perf_counter() - start)
+    return done * 2 * n**3 / (time.perf_counter() - start)

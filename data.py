@@ -10,6 +10,7 @@ frames, and scaled to a size near its own shape; windows of one size are a bucke
 """
 
 import csv
+import io
 import json
 import math
 import textwrap
@@ -80,18 +81,26 @@ def find_clips(folder: Path | str) -> list[Clip]:
         path = next((place for place in places if place.is_file()), places[0])
         sidecar = path.with_suffix(".txt")
         if not caption and sidecar.is_file():
-            caption = sidecar.read_text(encoding="utf-8-sig")
+            caption = read_text(sidecar)
         clips.append(Clip(path, " ".join(caption.split())))
     if not clips:
         raise ValueError(f"{folder} holds no clips: expected such as a.mp4 with its caption in a.txt or metadata.csv")
     return sorted(clips, key=lambda clip: (clip.path.as_posix(), clip.caption))
 
 
+def read_text(path: Path | str) -> str:
+    """A text file that a user made: UTF-8, with or without the mark that some editors put first."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path} as UTF-8 ({error}), expected a text file in that encoding") from None
+
+
 def read_prompts(path: Path | str) -> list[str]:
     """The lines of a text file, without blank ones."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except OSError as error:
         raise ValueError(f"cannot read {path} ({error}), expected a text file with a prompt in each line") from None
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
@@ -171,17 +180,16 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
     """(file name, caption or "") of everything that the folder offers."""
     jsonl, table, videos = (folder / name for name in ("metadata.jsonl", "metadata.csv", "videos.txt"))
     if jsonl.is_file():
-        lines = enumerate(jsonl.read_text(encoding="utf-8-sig").splitlines(), 1)
+        lines = enumerate(read_text(jsonl).splitlines(), 1)
         return [_row(line, f"{jsonl}, line {number}") for number, line in lines if line.strip()]
     if table.is_file():
-        with open(table, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            return [_row(row, f"{table}, line {reader.line_num}") for row in reader]
+        reader = csv.DictReader(io.StringIO(read_text(table)))
+        return [_row(row, f"{table}, line {reader.line_num}") for row in reader]
     if videos.is_file():
         prompts = next((path for path in (folder / "prompts.txt", folder / "prompt.txt") if path.is_file()), None)
         if prompts is None:
             raise ValueError(f"{folder} has videos.txt and no prompts.txt, expected a caption in it for each line")
-        names, captions = (path.read_text(encoding="utf-8-sig").strip().splitlines() for path in (videos, prompts))
+        names, captions = (read_text(path).strip().splitlines() for path in (videos, prompts))
         if len(names) != len(captions):
             raise ValueError(f"{videos} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
         return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
@@ -442,15 +450,13 @@ def save_image(path: Path | str, image: Image.Image | Tensor) -> None:
 
 def filmstrip(
     rows: Sequence[tuple[str, Tensor]],
-    labels: Sequence[Sequence[str] | None] | None = None,
     marks: Sequence[Sequence[bool] | None] | None = None,
     height: int = 96,
     columns: int = 12,
 ) -> Image.Image:
     """A contact sheet: one row a video, time from left to right.
 
-    rows     (title, video (3, N, H, W) in [-1, 1]) of each row.
-    labels   for each row the text under each of its N frames; None writes the frames' numbers.
+    rows     (title, video (3, N, H, W) in [-1, 1]) of each row; the numbers of its frames are written below them.
     marks    for each row whether each of its N frames was given (True) or generated (False), told by the colour of its
              border and number and by a legend; None leaves a row unmarked.
     height   of a frame in the picture, in pixels.
@@ -458,7 +464,7 @@ def filmstrip(
     """
     gap, line, border, grey = 6, 18, 3, (119, 119, 119)
     font, small = ImageFont.load_default(size=14), ImageFont.load_default(size=12)
-    labels, marks = labels or [None] * len(rows), marks or [None] * len(rows)
+    marks = marks or [None] * len(rows)
     titles = [textwrap.fill(title, 22, max_lines=4, placeholder=" ...") for title, _ in rows]
     margin = 3 * gap + max(round(font.getlength(text)) for title in titles for text in title.split("\n"))
     legend = [("given", GIVEN), ("generated", GENERATED)] if any(mark is not None for mark in marks) else []
@@ -475,7 +481,7 @@ def filmstrip(
             width = max(1, round(height * picture.width / picture.height))
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
             colour = None if marks[row] is None else GIVEN if marks[row][index] else GENERATED
-            cells.append((left, top, colour, str(index) if labels[row] is None else labels[row][index], picture))
+            cells.append((left, top, colour, str(index), picture))
             left += width + 2 * border + gap
         right = max(right, left)
 

@@ -39,25 +39,24 @@ def sample_tau(
     p_async: float = 1.0,
     shift: float = 1.0,
     generator: Generator | None = None,
-    device: torch.device | str | None = None,
     within: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """PTSS, the paper's probabilistic timestep sampling: → tau (B,F) in [0,1), fp32.
 
     Each sample of the batch decides alone: with probability p_async every frame draws its own level, else one level
     serves all. p_async = 1 is how Pusa is trained, 0 is ordinary text-to-video training. Draws are then `shifted`.
-    They are made where the generator lives, so that a seed gives the same τ on any device.
+    They are made where the generator lives.
     within: the lowest and the highest level; draws are uniform over the part of [0,1] that is shifted to between them.
     """
     if not 0 <= p_async <= 1:
         raise ValueError(f"got p_async {p_async}, expected a probability in [0, 1]")
     if not 0 <= within[0] < within[1] <= 1:
         raise ValueError(f"got noise levels within {within}, expected two that rise, in [0, 1]")
-    source = {"generator": generator, "device": device if generator is None else generator.device}
-    own, shared, coin = (torch.rand(B, n, dtype=torch.float32, **source) for n in (F, 1, 1))
+    device = generator.device if generator else None
+    own, shared, coin = (torch.rand(B, n, generator=generator, device=device) for n in (F, 1, 1))
     low, high = (1 - shifted(1 - level, shift) for level in within)  # what is shifted to these two levels
     u = low + (high - low) * torch.where(coin < p_async, own, shared)
-    return shifted(u, shift).clamp(*within).to(device)
+    return shifted(u, shift).clamp(*within)
 
 
 def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: str = "none") -> Tensor:

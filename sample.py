@@ -4,9 +4,9 @@ The task says which latent frames are given and how noisy they stay; the text en
 `flow.euler` walks the table of noise levels; the VAE turns latents into pixels. Longer videos than the model's are made
 window by window, each conditioned on the edge of the one before.
 
-A run needs the large parts one after another, so each is loaded when it is its turn and gone when the next one comes:
-text encoder, transformer (of two experts, one after the other), VAE. `--offload` is for a transformer that is larger
-than the GPU's memory.
+The VAE, which is small, is there from beginning to end. Of the large parts each is loaded when it is its turn and gone
+when the next one comes: text encoder, transformer, of two experts one after the other. `--offload` is for a transformer
+that is larger than the GPU's memory.
 
     python sample.py --task extend
     python sample.py --task i2v --image start.png --prompt "a red circle moving left" --seed 1
@@ -173,8 +173,7 @@ def resolve(config: SampleConfig) -> SampleConfig:
 
 def _record(config: SampleConfig, path: Path) -> None:
     record = {"settings": dataclasses.asdict(config), "torch": torch.__version__}
-    with cli.replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    cli.write_json(path, record)
 
 
 def _recorded(path: Path) -> SampleConfig:
@@ -202,7 +201,7 @@ def _example(task: str, frames: int) -> tuple[tuple[str, ...], tuple[str, ...], 
 
 def _caption(clip: Path) -> str:
     beside = clip.with_suffix(".txt")
-    return " ".join(beside.read_text(encoding="utf-8-sig").split()) if beside.exists() else ""
+    return " ".join(data.read_text(beside).split()) if beside.exists() else ""
 
 
 @dataclass
@@ -509,7 +508,7 @@ def estimate(config: SampleConfig, job: Job) -> str:
     decoding = parts[1].decoding_bytes(job.F, height, width) + 3 * 4 * tasks.pixel_frames(job.F) * width * height
     return cost.sampling(
         parts, (len(job.plans[0].m), height // 8, width // 8), passes, decoding,
-        getattr(torch, config.dtype), config.device, stays=config.prompts is not None,
+        getattr(torch, config.dtype), config.device, stays=config.prompts is not None or len(job.plans) > 1,
     )  # fmt: skip
 
 
@@ -551,20 +550,24 @@ def sample(config: SampleConfig) -> dict[str, Path]:
         tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
     vae = checkpoint.load_vae(checkpoint.find_model(config.model), device=config.device)
     progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
-    states: list[Tensor] = []
+    steps = len(job.taus[0]) - 1
+    drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see
+    states: dict[int, Tensor] = {}
 
     def on_step(k: int, z: Tensor) -> None:
         progress.step()
-        if config.plot and len(states) < len(job.taus[0]) - 1:
-            states.append(z)
+        if config.plot and progress.done in drawn:  # of the first window
+            states[progress.done] = z
 
     latents = generate(vae, config, job, inputs, on_step)
     video, title = decode(vae, latents), f"{config.task}: {config.prompt}"
+    if config.out is None:
+        files = outputs(config)  # anew: another run may have taken the number that was free when this one began
     data.write_video(files["video"], video, config.fps)
     data.save_image(files["filmstrip"], data.filmstrip([(title, video)], marks=[given_frames(job)]))
     if config.plot:
         data.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, config.task))
-        rows = [(f"after step {k + 1}", decode(vae, z)) for k, z in enumerate(states)]
+        rows = [(f"after step {k}", decode(vae, z)) for k, z in states.items()]
         data.save_image(files["denoising"], data.filmstrip(rows, height=48))
     _record(dataclasses.replace(config, out=str(files["video"]), overwrite=False), files["settings"])
     print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)

@@ -296,8 +296,9 @@ class Config:
     shift: float = option(5.0, "shift of the sigma schedule")
 
 
-def main(config: Config) -> None:
+def main() -> None:
     """Print the table of every task, at its default noise, and draw it."""
+    config = parse(Config, __doc__)
     F = latent_frames(config.frames)
     for name, task in TASKS.items():
         m, d, given = plan(name, F, at=(0, F // 2, F - 1) if name == "keyframes" else ())
@@ -309,4 +310,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse(Config, __doc__))
+    run(main)

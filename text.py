@@ -12,7 +12,6 @@ to `text_len`, and vectors past the prompt's end are zero: the transformer atten
 """
 
 import html
-import json
 import math
 import unicodedata
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from tokenizers import normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from cli import replacing
+from cli import replacing, write_json
 
 MAX_DISTANCE = 128  # tokens; the last bucket takes every distance from about here on
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -214,7 +213,6 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Clean and encode B prompts → ids (B,text_len) int64, mask (B,text_len) bool, True on tokens and `</s>`."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
         encodings = self.tokenizer.encode_batch([clean(prompt) for prompt in prompts])
         ids = torch.tensor([encoding.ids for encoding in encodings])
         return ids, torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
@@ -261,5 +259,4 @@ def write_tokenizer(folder: str | Path, tokenizer: tokenizers.Tokenizer, text_le
     }
     with replacing(folder / "tokenizer.json") as path:
         path.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    with replacing(folder / "tokenizer_config.json") as path:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)

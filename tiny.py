@@ -37,7 +37,8 @@ VAE = VAEConfig(
 )  # fmt: skip
 KL_WEIGHT = 1e-3  # high for a VAE: what survives the noise is smooth, which is what a small transformer can learn
 PAIRS = 0.6  # share of training clips with two shapes: only they teach which word belongs to which shape
-TEXT_LEN = 32
+TRANSFORMER = WanConfig(192, 768, 128, num_heads=4, num_layers=6, text_len=32, text_dim=64)
+ENCODER = text.T5Config(256, 64, 64, 128, num_heads=4, num_layers=2)  # its vocabulary is what the tokenizer learns
 PRESET = checkpoint.Preset(
     size=(world.SIDE, world.SIDE), frames=world.FRAMES, fps=world.FPS, steps=10, shift=3.0, guidance=3.0, noise=0.0,
     strength=1.0, negative_prompt="",
@@ -68,10 +69,9 @@ def grow(config: TinyConfig) -> None:
     if not (seedling / "model_index.json").exists():
         captions = [clip.caption for clip in data.find_clips(clips)]
         tokenizer = text.train_tokenizer(captions)
-        encoder = text.UMT5Encoder(text.T5Config(tokenizer.get_vocab_size(), 64, 64, 128, num_heads=4, num_layers=2))
-        wan = Wan(WanConfig(192, 768, 128, num_heads=4, num_layers=6, text_len=TEXT_LEN, text_dim=64))
+        encoder = text.UMT5Encoder(dataclasses.replace(ENCODER, vocab_size=tokenizer.get_vocab_size()))
         checkpoint.save_preset(seedling, PRESET)
-        checkpoint.save_pipeline(seedling, wan, None, encoder, tokenizer, PRESET.shift)
+        checkpoint.save_pipeline(seedling, Wan(TRANSFORMER), None, encoder, tokenizer, PRESET.shift)
 
     base, pusa = work / "base" / "model", work / "lora" / "lora.safetensors"
     train_or_resume(
@@ -246,6 +246,8 @@ def _unseen_either_way(scene: world.Scene) -> bool:
 
 def evaluate(config: TinyConfig) -> str:
     """The table of how good the embedded model is, as Markdown; with the LoRA and without it, on the same scenes."""
+    if config.samples < 5:
+        raise ValueError(f"got --samples {config.samples}, expected at least 5: one in five has two shapes")
     pairs = config.samples // 5
     scenes = [
         *world.scenes(config.samples - pairs, seed=3, unseen=True, pairs=0),

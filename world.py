@@ -67,6 +67,8 @@ def held_out(caption: str) -> bool:
 
 def scenes(count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> Iterator[Scene]:
     """`count` random scenes, a share `pairs` of them with two shapes; with `unseen`, only held-out captions."""
+    if count < 0 or not 0 <= pairs <= 1:
+        raise ValueError(f"got {count} scenes, {pairs:g} of them pairs, expected a count and a share between 0 and 1")
     draw = random.Random(seed)
     while count:
         scene = _random_scene(draw, 2 if draw.random() < pairs else 1)

@@ -256,7 +256,7 @@ def test_pipeline_comes_back_as_it_was_written(small):
         assert getattr(loaded, part).config == getattr(small, part).config
     ids, mask = loaded.tokenizer(PROMPTS)
     assert ids.shape == (2, WAN.text_len) and mask.sum(1).tolist() == [6, 6]
-    assert (loaded.preset, loaded.name, loaded.path) == (Preset(), "model", small.folder)
+    assert loaded.preset == Preset()
     assert all(p.requires_grad and p.is_leaf for p in loaded.transformer.parameters()), "training needs them"
 
 
@@ -527,7 +527,7 @@ def test_other_parts_are_beside_a_single_file(small, single, tmp_path):
     loaded = load_pipeline(path)
     equal(loaded.vae, small.vae)
     equal(loaded.text_encoder, small.text_encoder)
-    assert (loaded.tokenizer.text_len, loaded.preset.steps, loaded.name) == (512, 7, "wan.safetensors")
+    assert (loaded.tokenizer.text_len, loaded.preset.steps) == (512, 7)
     shutil.copytree(small.folder, tmp_path / "folder")
     equal(load_vae(shutil.copy(path, tmp_path / "folder")), small.vae)
 
@@ -595,8 +595,12 @@ def test_fp8_without_scales_is_cast(single, tmp_path):
         assert all(torch.equal(loaded[name], stored[name].to(dtype or torch.bfloat16)) for name in stored)
 
 
-@pytest.mark.parametrize("change", ["lost", "blocks", "beside nothing", "int8"])
-def test_weights_that_are_quantised_otherwise_are_refused(single, tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("lost", "has no scale"), ("blocks", "a scale of"), ("beside nothing", "1 are unknown"),
+     ("int8", "int8, expected floating")],
+)  # fmt: skip
+def test_weights_that_are_quantised_otherwise_are_refused(single, tmp_path, change, message):
     """A scale that is not applied gives noise, and no error anywhere else."""
     path, stored, weight = tmp_path / "wan.safetensors", fp8(single), "blocks.1.ffn.2.weight"
     scale = weight.replace("weight", "scale_weight")
@@ -610,7 +614,7 @@ def test_weights_that_are_quantised_otherwise_are_refused(single, tmp_path, chan
         stored |= {weight: stored[weight].to(torch.int8)}
         del stored[scale], stored[weight.replace("weight", "scale_input")]
     save_file(stored, path)
-    with pytest.raises(ValueError, match="has no scale|a scale of|1 are unknown|int8, expected floating"):
+    with pytest.raises(ValueError, match=message):
         load_transformer(path)
 
 
@@ -823,7 +827,7 @@ def test_damaged_files_end_in_one_sentence(original, capsys, name, damage):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 5676\n"
     path.write_bytes({"empty": b"", "cut": path.read_bytes()[:-100], "swapped": pointer}[damage])
     with pytest.raises(SystemExit) as end:
-        cli.run(load_pipeline, original)
+        cli.run(lambda: load_pipeline(original))
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""
     assert printed.err.count("\n") == 1 and name.split("/")[-1] in printed.err and len(printed.err) < 500
@@ -961,7 +965,6 @@ def test_only_what_is_needed_is_downloaded(copied, small, hub, monkeypatch):
     assert hub.asked[described:] == ["vae/diffusion_pytorch_model.safetensors"]
     loaded = load_pipeline("someone/model")
     equal(loaded.transformer, small.transformer)
-    assert loaded.name == "someone/model"
     weights = ["text_encoder/model.safetensors", "transformer/diffusion_pytorch_model.safetensors"]
     assert sorted(hub.asked[described + 1 :]) == weights
     assert hub.tokens == {"Bearer hf_secret"}

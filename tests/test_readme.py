@@ -285,7 +285,7 @@ def test_every_number_is_that_of_the_code():
     wan, own = checkpoint.Preset(), checkpoint.load_preset(ROOT / "checkpoints" / "tiny")
     size = sum(path.stat().st_size for path in (ROOT / "checkpoints" / "tiny").rglob("*") if path.is_file())
     assert size < 16 * 10**6 and len(data.find_clips(ROOT / "clips")) == 16
-    assert own.noise == 0 and tiny.VAE.patch_size == 2 and tiny.TEXT_LEN == 32
+    assert own.noise == 0 and tiny.VAE.patch_size == 2 and tiny.TRANSFORMER.text_len == 32
     facts = (
         "less than 16 MB",
         "sixteen captioned clips",

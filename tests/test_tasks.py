@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from small import call
 
 import flow
 import tasks
@@ -155,9 +156,8 @@ def test_picture(F, K):
     assert (27, 153, 139) in colours  # the mark of what was given
 
 
-def test_command_prints_and_draws_every_task(tmp_path, capsys):
-    tasks.main(tasks.Config(out=str(tmp_path), steps=2))
-    printed = capsys.readouterr().out
+def test_command_prints_and_draws_every_task(tmp_path):
+    printed = call(tasks, "--out", tmp_path, "--steps", 2).out
     for name in tasks.TASKS:
         assert f"{name}: " in printed
         with Image.open(tmp_path / f"{name}.png") as image:

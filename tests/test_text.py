@@ -226,7 +226,6 @@ def test_truncation_keeps_the_end_token_and_padding_is_masked(tmp_path):
     red, circle = (tokenizer.tokenizer.token_to_id(word) for word in ("red", "circle"))
     assert ids.tolist() == [[red] * 5 + [1], [red, circle, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
     assert mask.sum(1).tolist() == [6, 3, 1] and torch.equal(mask, ids != 0)
-    assert torch.equal(tokenizer("red circle")[0], ids[1:2])  # one prompt, not ten letters
 
 
 def test_tokenizer_mistakes_are_sentences(tmp_path):

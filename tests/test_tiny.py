@@ -54,8 +54,9 @@ def test_it_is_small_and_nothing_in_it_is_code():
 
 
 def test_it_is_what_tiny_py_makes():
-    config = checkpoint.load_config(MODEL)
-    assert (config.in_dim, config.text_len) == (16, tiny.TEXT_LEN)
+    assert checkpoint.load_config(MODEL) == tiny.TRANSFORMER
+    encoder = checkpoint.load_text_encoder(MODEL).config
+    assert encoder == dataclasses.replace(tiny.ENCODER, vocab_size=encoder.vocab_size)
     assert checkpoint.load_preset(MODEL) == tiny.PRESET
     vae = checkpoint.load_vae(MODEL).config
     measured = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
@@ -67,8 +68,7 @@ def test_it_knows_every_word_of_the_world():
     tokenizer = checkpoint.load_tokenizer(MODEL)
     ids, mask = tokenizer([scene.caption for scene in world.scenes(200, seed=3, unseen=True, pairs=0.5)])
     assert not (ids == tokenizer.tokenizer.token_to_id("<unk>")).any()
-    assert mask.sum(1).max() <= tiny.TEXT_LEN and (ids[mask.sum(1) == tiny.TEXT_LEN, -1] == 1).all()
-    assert (mask.sum(1) < tiny.TEXT_LEN).all(), "no caption is cut"
+    assert (mask.sum(1) < tiny.TRANSFORMER.text_len).all(), "no caption is cut"
 
 
 # The same in diffusers.
@@ -87,7 +87,7 @@ def test_diffusers_makes_the_same_video(pipe):
     x1 = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
     frames = pipe(
         prompt=config.prompt, negative_prompt=config.negative_prompt, guidance_scale=3.0, num_inference_steps=4,
-        height=64, width=64, num_frames=17, latents=x1, max_sequence_length=tiny.TEXT_LEN, output_type="np",
+        height=64, width=64, num_frames=17, latents=x1, max_sequence_length=tiny.TRANSFORMER.text_len, output_type="np",
     ).frames  # fmt: skip
     theirs = torch.from_numpy(frames).permute(0, 4, 1, 2, 3)  # (1, N, H, W, 3) → (1, 3, N, H, W)
     assert video.std() > 0.1

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from small import call, mistake
 
 import data
 import world
@@ -270,3 +271,9 @@ def test_written_clips_can_still_be_read(tmp_path):
             reading = found[thing.colour]
             assert (reading.shape, reading.size) == (thing.shape, thing.size)
             assert (reading.x, reading.y) == pytest.approx(at, abs=0.6)
+
+
+@pytest.mark.parametrize("flags", [["--count", "-1"], ["--pairs", "2"], ["--pairs", "nan"]])
+def test_what_is_no_number_of_scenes_is_refused(flags, tmp_path):
+    mistake(call(world, "--out", tmp_path / "out", *flags), flags[1], "expected a count and a share")
+    assert not (tmp_path / "out").exists()
