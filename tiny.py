@@ -51,7 +51,7 @@ class TinyConfig:
     work: str = cli.option("runs/tiny", "folder for the clips and the state of each stage")
     clips: int = cli.option(6000, "training clips")
     vae_steps: int = cli.option(3600, "steps of the VAE")
-    base_steps: int = cli.option(5400, "steps of the text-to-video base")
+    base_steps: int = cli.option(13000, "steps of the text-to-video base")
     lora_steps: int = cli.option(800, "steps of the Pusa LoRA")
     compile: bool = cli.option(False, "compile the networks: faster, needs a C++ compiler")
     evaluate: bool = cli.option(False, "judge the model in --out, write the table to its README.md, and stop")

@@ -126,7 +126,8 @@ def test_prompts_are_followed(pusa, truth):
 def test_two_shapes_get_their_own_words_more_often_than_by_chance(pusa):
     scenes = list(world.scenes(12, seed=12, unseen=True, pairs=1.0))
     videos = tiny.generate(pusa, scenes, torch.stack([world.render(scene) for scene in scenes]), "t2v")
-    assert sum(map(tiny.as_prompted, scenes, videos)) >= 4  # half, as measured; a model that mixes words up has one
+    # Eight as measured; a model that mixes the words up has one.
+    assert sum(map(tiny.as_prompted, scenes, videos)) >= 6
 
 
 @torch.no_grad()
