@@ -283,11 +283,10 @@ def load_expert(config: SampleConfig, expert: str = "high") -> Wan:
     transformer = checkpoint.load_transformer(config.model, getattr(torch, config.dtype), home, expert=expert)
     for change, strength in loras:
         lora.merge(transformer, change, strength)
+    if config.compile:
+        transformer.compile_blocks()
     if config.offload:
         transformer.offload(config.device)
-    if config.compile:
-        for block in transformer.blocks:  # they are alike, so one is compiled
-            block.compile(dynamic=False)
     return transformer
 
 

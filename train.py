@@ -129,6 +129,9 @@ def train(config: TrainConfig) -> Path:
     base = cache.fingerprint(transformer) if distributed.rank() == 0 else None
     inputs = {"clips": clips.digest, "base model": distributed.agreed(base)}
     trainable(transformer, config)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape is compiled apart
+        transformer.compile_blocks()
     if config.gradient_checkpointing:
         recompute_blocks(transformer)
     models = [transformer, encoder] if config.from_scratch else [transformer]
@@ -138,9 +141,6 @@ def train(config: TrainConfig) -> Path:
         for model in models:
             model.to(device)
     trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape is compiled apart
-    network = torch.compile(transformer, dynamic=False) if config.compile else transformer
     optimizers = make_optimizers(config, models)
     run = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
     if state:
@@ -156,7 +156,7 @@ def train(config: TrainConfig) -> Path:
                 group["lr"] = lr
             for part in range(distributed.rank(), config.accumulate * distributed.size(), distributed.size()):
                 with _autocast(device, dtype):
-                    share = step_loss(network, clips, config, step, device, part)
+                    share = step_loss(transformer, clips, config, step, device, part)
                 (share * distributed.size()).backward()  # gradients become the mean over the processes
                 loss += share.item()
             loss = distributed.total(loss, device)
@@ -171,7 +171,7 @@ def train(config: TrainConfig) -> Path:
             figures = _account(run, config, clips, transformer, step, loss, time.monotonic() - begun)
             if config.val_every and (last or done % config.val_every == 0):
                 batch = math.ceil(config.batch / (config.accumulate * distributed.size()))
-                validation = validate(network, clips, device, dtype, batch, noise_range(config))
+                validation = validate(transformer, clips, device, dtype, batch, noise_range(config))
                 figures |= distributed.agreed(validation)
                 _keep_best(config, clips, transformer, figures, run)
             resume.log(out, board, {**run, "lr": lr, **figures})
