@@ -19,10 +19,10 @@ test-slow: .venv/dev
 
 # Grow the embedded model from nothing; stop it at any moment and run it again to go on.
 tiny: .venv/demo
-	$(BIN)/python tiny.py --compile
+	$(BIN)/python -m toy.grow --compile
 
 evaluate: .venv/demo
-	$(BIN)/python tiny.py --evaluate
+	$(BIN)/python -m toy.judge
 
 # Make the README's pictures anew, each by the command that it shows.
 gallery: .venv/demo

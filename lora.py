@@ -26,9 +26,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import cli
 from model import Wan, WanConfig
-from names import TRANSFORMER_NAMES, rename
+from support import cli
+from wan.names import TRANSFORMER_NAMES, rename
 
 Pair = tuple[Tensor, Tensor, float | None]  # A, B, and alpha
 LoRA = dict[str, Pair | Tensor]
@@ -268,7 +268,7 @@ def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = Fal
 
 def inspect(path: Path | str, model: str | None = None) -> None:
     """Print what a LoRA file holds and, given a model, whether it fits: ValueError if not."""
-    from checkpoint import load_config  # here, as nothing else of LoRA needs models on disk
+    from wan.checkpoint import load_config  # here, as nothing else of LoRA needs models on disk
 
     path = Path(path)
     tensors = _read(path)

@@ -33,17 +33,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cache
-import checkpoint
-import cli
-import cost
-import data
 import flow
 import lora
 import tasks
-import text
 from model import Wan
-from vae import WanVAE
+from support import cache, cli, cost, dataset, media
+from wan import checkpoint, text
+from wan.vae import WanVAE
 
 EXAMPLES = Path("clips")
 # What `--preset` puts in place of the model's own settings: LoRAs that distil many steps into few ask for these.
@@ -201,7 +197,7 @@ def _example(task: str, frames: int) -> tuple[tuple[str, ...], tuple[str, ...], 
 
 def _caption(clip: Path) -> str:
     beside = clip.with_suffix(".txt")
-    return " ".join(data.read_text(beside).split()) if beside.exists() else ""
+    return " ".join(dataset.read_text(beside).split()) if beside.exists() else ""
 
 
 @dataclass
@@ -314,13 +310,13 @@ def read_inputs(config: SampleConfig, plan: tasks.Plan) -> dict[str, list[Tensor
     inputs = {"image": [], "head": [], "tail": []}
     for name in config.image:
         path, mark, frame = name.rpartition("@")
-        of_video = mark and frame.isdigit() and Path(path).suffix.lower() in data.VIDEO_SUFFIXES
-        image = data.read_frame(path, int(frame), size) if of_video else data.read_image(name, size)
+        of_video = mark and frame.isdigit() and Path(path).suffix.lower() in media.VIDEO_SUFFIXES
+        image = media.read_frame(path, int(frame), size) if of_video else media.read_image(name, size)
         inputs["image"].append(image[None, :, None])
     for index, path in enumerate(config.video):
         for end, which in (("head", "first"), ("tail", "last")):
             needed = [slot.frames for slot in plan.given if (slot.source, slot.index) == (end, index)]
-            video = data.read_video(path, size, config.fps, **{which: max(needed)})[None] if needed else None
+            video = media.read_video(path, size, config.fps, **{which: max(needed)})[None] if needed else None
             inputs[end].append(video)
     return inputs
 
@@ -502,7 +498,7 @@ def estimate(config: SampleConfig, job: Job) -> str:
     width, height = cli.parse_size(config.size)
     walks = [walk for taus in job.taus for walk in experts(config, taus)]
     passes = sum((len(taus) - 1) * (1 if guidance == 1 else 2) for _, guidance, taus in walks)
-    passes *= len(data.read_prompts(config.prompts)) if config.prompts else 1
+    passes *= len(dataset.read_prompts(config.prompts)) if config.prompts else 1
     parts = checkpoint.outline(config.model)
     decoding = parts[1].decoding_bytes(job.F, height, width) + 3 * 4 * tasks.pixel_frames(job.F) * width * height
     return cost.sampling(
@@ -562,12 +558,12 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     video, title = decode(vae, latents), f"{config.task}: {config.prompt}"
     if config.out is None:
         files = outputs(config)  # anew: another run may have taken the number that was free when this one began
-    data.write_video(files["video"], video, config.fps)
-    data.save_image(files["filmstrip"], data.filmstrip([(title, video)], marks=[given_frames(job)]))
+    media.write_video(files["video"], video, config.fps)
+    media.save_image(files["filmstrip"], media.filmstrip([(title, video)], marks=[given_frames(job)]))
     if config.plot:
-        data.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, config.task))
+        media.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, config.task))
         rows = [(f"after step {k}", decode(vae, z)) for k, z in states.items()]
-        data.save_image(files["denoising"], data.filmstrip(rows, height=48))
+        media.save_image(files["denoising"], media.filmstrip(rows, height=48))
     _record(dataclasses.replace(config, out=str(files["video"]), overwrite=False), files["settings"])
     print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
     for path in files.values():
@@ -577,9 +573,9 @@ def sample(config: SampleConfig) -> dict[str, Path]:
 
 def sample_each(config: SampleConfig, job: Job) -> dict[str, Path]:
     """Make the clips of `--prompts` that the folder `--out` lacks, and return the folder."""
-    prompts = data.read_prompts(config.prompts)
+    prompts = dataset.read_prompts(config.prompts)
     out = _clip_folder(config)
-    missing = data.missing_clips(out, prompts)
+    missing = dataset.missing_clips(out, prompts)
     done, steps = len(prompts) - len(missing), len(job.taus[0]) - 1
     progress = cli.Progress(len(prompts) * steps, "denoising", done * steps)
     if missing:
@@ -588,7 +584,7 @@ def sample_each(config: SampleConfig, job: Job) -> dict[str, Path]:
         try:
             for n, latents in generate_each(config, job.taus[0], wanted, lambda k, z: progress.step()):
                 _record(config, out / "settings.json")  # only now, as a run that fails before shall leave nothing
-                data.write_clip(out, n, decode(vae, latents), config.fps, prompts[n])
+                dataset.write_clip(out, n, decode(vae, latents), config.fps, prompts[n])
                 done += 1
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped at {done} of {len(prompts)} clips; the same command goes on") from None

@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cli import option, parse, replacing, run
 from flow import shifted
+from support.cli import option, parse, replacing, run
 
 
 @dataclass(frozen=True)

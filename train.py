@@ -10,7 +10,7 @@ velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddin
 
 A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
 `--resume` as if it had not been: on a CPU, with the same number of threads, its LoRA is the same to the byte.
-Everything is written to `runs/NAME/`; `report.py` makes a page of it.
+Everything is written to `runs/NAME/`; `python -m support.report` makes a page of it.
 """
 
 import dataclasses
@@ -28,20 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import cache
-import checkpoint
-import cli
-import cost
-import data
-import distributed
 import flow
 import lora
-import report
-import resume
 import sample
 import tasks
-import text
 from model import Wan
+from support import cache, cli, cost, dataset, distributed, media, report, resume
+from wan import checkpoint, text
 
 
 @dataclass(frozen=True)
@@ -103,7 +96,7 @@ class Dataset(NamedTuple):
     validation: list[int]  # a window of each clip that no training step sees
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
     digest: str = ""  # of everything above
-    skipped: tuple[data.Skipped, ...] = ()
+    skipped: tuple[dataset.Skipped, ...] = ()
 
 
 def train(config: TrainConfig) -> Path:
@@ -243,7 +236,7 @@ def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int
     Everything that is drawn follows from the seed and the step, and is drawn for the whole batch whatever the part.
     """
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    picked = data.batch_of(step, config.batch, clips.training, config.seed)
+    picked = dataset.batch_of(step, config.batch, clips.training, config.seed)
     mine = slice(part, None, config.accumulate * distributed.size())
     x0 = torch.stack([clips.latents[i] for i in picked[mine]]).to(device)
     B, (C, F, H, W) = len(picked), x0.shape[1:]
@@ -292,7 +285,7 @@ def validate(
     for name in taus.keys() & {"clean", "copy"}:
         taus[name][:, 0] = 0
     figures = dict.fromkeys(taus, 0.0)
-    for bucket in data.by_shape([x1.shape for x1 in x1s], range(V)):
+    for bucket in dataset.by_shape([x1.shape for x1 in x1s], range(V)):
         for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
             x0 = torch.stack([clips.latents[shown[i]] for i in members]).to(device)
             x1 = torch.stack([x1s[i] for i in members]).to(device)
@@ -356,30 +349,31 @@ def prepare(config: TrainConfig, encoder: nn.Module | None) -> Dataset:
     validation = [windows[k][0] for k in order[:held] or order]
     training = [i for k in order[held:] for i in windows[k]]
     digest = hashlib.sha256(json.dumps([(source.clip.caption, key) for source, key, _ in usable]).encode()).hexdigest()
-    return Dataset(latents, prompts, context, validation, data.by_shape(sizes, training), digest[:16], tuple(skipped))
+    buckets = dataset.by_shape(sizes, training)
+    return Dataset(latents, prompts, context, validation, buckets, digest[:16], tuple(skipped))
 
 
-def _survey(config: TrainConfig) -> tuple[list[data.Clip], list[data.Source], list[data.Skipped], int, float]:
+def _survey(config: TrainConfig) -> tuple[list[dataset.Clip], list[dataset.Source], list[dataset.Skipped], int, float]:
     """The clips found, those that can be used, those that cannot, and frames and fps of a window; tells what it saw."""
     preset = checkpoint.load_preset(config.model)
     size = cli.parse_size(config.size) if config.size else preset.size
     frames = preset.frames if config.frames is None else config.frames
     tasks.latent_frames(frames)
-    found = data.find_clips(config.data)
-    sources, skipped = data.survey(found, size, frames, preset.fps, config.buckets)
+    found = dataset.find_clips(config.data)
+    sources, skipped = dataset.survey(found, size, frames, preset.fps, config.buckets)
     _refuse(config, len(found), skipped)
     _tell_skipped(skipped)
     return found, sources, skipped, frames, preset.fps
 
 
-def _refuse(config: TrainConfig, found: int, skipped: list[data.Skipped]) -> None:
+def _refuse(config: TrainConfig, found: int, skipped: list[dataset.Skipped]) -> None:
     if skipped and (config.strict or len(skipped) == found):
         first = f"{len(skipped)} of {found} clips in {config.data} cannot be used, the first is {skipped[0].path.name}"
         advice = "mend or remove them, or leave out --strict" if len(skipped) < found else "mend them or add others"
         raise ValueError(f"{first} ({skipped[0].reason}); {advice}")
 
 
-def _tell_skipped(skipped: tuple[data.Skipped, ...] | list[data.Skipped]) -> None:
+def _tell_skipped(skipped: tuple[dataset.Skipped, ...] | list[dataset.Skipped]) -> None:
     if skipped:
         print(f"clips left out: {len(skipped)}")
     for path, reason in skipped:
@@ -456,7 +450,7 @@ def _account(
     run: dict, config: TrainConfig, clips: Dataset, transformer: Wan, step: int, loss: float, seconds: float
 ) -> dict[str, float]:
     """Add a step to the figures of the run so far, and return its own."""
-    shape = clips.latents[data.batch_of(step, config.batch, clips.training, config.seed)[0]].shape
+    shape = clips.latents[dataset.batch_of(step, config.batch, clips.training, config.seed)[0]].shape
     rank, again = None if config.full else config.rank, config.gradient_checkpointing
     run["step"] = step + 1
     run["smooth"] = loss if step == 0 else 0.98 * run["smooth"] + 0.02 * loss
@@ -544,7 +538,7 @@ def _filmstrip(config: TrainConfig, transformer: Wan, clips: Dataset, path: Path
             rows.append((name, sample.decode(vae, z)))
             marks.append([m[tasks.latent_index(n, tasks.pixel_frames(F))] == 0 for n in range(tasks.pixel_frames(F))])
     if distributed.rank() == 0:
-        data.save_image(path, data.filmstrip(rows, marks=marks))
+        media.save_image(path, media.filmstrip(rows, marks=marks))
 
 
 def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import cli
 import flow
 import sample
-import text
 from model import Wan, WanConfig
-from text import T5Config, UMT5Encoder
-from vae import VAEConfig, WanVAE
+from support import cli
+from wan import checkpoint, text
+from wan.text import T5Config, UMT5Encoder
+from wan.vae import VAEConfig, WanVAE
 
 TRANSFORMER = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 PROMPT = "a cat walks along a beach"

@@ -13,14 +13,12 @@ from unittest import mock
 import pytest
 import torch
 
-import checkpoint
-import cli
-import data
 import lora
-import text
-import world
 from model import Wan, WanConfig
-from vae import VAEConfig, WanVAE
+from support import cli, media
+from toy import world
+from wan import checkpoint, text
+from wan.vae import VAEConfig, WanVAE
 
 SIZE, FRAMES = (32, 32), 25  # F = 7: room for 4 latents of a clip and more than one to make
 PRESET = checkpoint.Preset(
@@ -38,7 +36,7 @@ class Result(NamedTuple):
 def call(module, *arguments) -> Result:
     """Run a command in this process, as its file does when it is called with these arguments."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    argv = [f"{module.__name__}.py", *map(str, arguments)]
+    argv = [module.__file__, *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             cli.run(module.main)
@@ -59,12 +57,12 @@ def mistake(result: Result, *words: str) -> None:
 
 def scene_video(index: int, frames: int = world.FRAMES) -> torch.Tensor:
     """One of the clips, (3, frames, 32, 32)."""
-    return data.resize_crop(world.render(SCENES[index], frames), SIZE)
+    return media.resize_crop(world.render(SCENES[index], frames), SIZE)
 
 
 def write_clips(folder: Path, count: int = len(SCENES)) -> Path:
     for index in range(count):
-        data.write_video(folder / f"{index:05d}.mp4", scene_video(index), world.FPS)
+        media.write_video(folder / f"{index:05d}.mp4", scene_video(index), world.FPS)
         (folder / f"{index:05d}.txt").write_text(SCENES[index].caption + "\n", encoding="utf-8")
     return folder
 

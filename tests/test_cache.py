@@ -8,15 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import model_fixture  # noqa: F401 (a fixture)
 
-import cache
-import checkpoint
-import data
-import text
+from support import cache, dataset, media
+from wan import checkpoint, text
 
 
 def written(path, N=9, seed=0):
     noise = torch.rand(3, N, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    data.write_video(path, noise, 16)
+    media.write_video(path, noise, 16)
     return path
 
 
@@ -34,10 +32,10 @@ class CountingVAE(torch.nn.Module):
 
 def test_latents_are_computed_once(tmp_path, capsys):
     vae, folder = CountingVAE(), tmp_path / "cache"
-    clips = [data.Clip(written(tmp_path / "a.mp4"), "a"), data.Clip(written(tmp_path / "b.mp4", 20), "b")]
+    clips = [dataset.Clip(written(tmp_path / "a.mp4"), "a"), dataset.Clip(written(tmp_path / "b.mp4", 20), "b")]
 
     def latents(size=(32, 32), frames=9, fps=16, name="tiny", clips=clips):
-        sources = [data.Source(clip, size, 1) for clip in clips]
+        sources = [dataset.Source(clip, size, 1) for clip in clips]
         keys = cache.latent_keys(sources, frames, fps, name)
         stored, _ = cache.latents(sources, keys, frames, fps, vae.encode, folder)
         return [torch.stack(list(windows)) for windows in stored]
@@ -62,7 +60,7 @@ def test_latents_are_computed_once(tmp_path, capsys):
 
     before = vae.calls
     (tmp_path / "c.mp4").write_bytes(clips[1].path.read_bytes())
-    assert latents(clips=[data.Clip(tmp_path / "c.mp4", "renamed")])[0].equal(first[1]) and vae.calls == before
+    assert latents(clips=[dataset.Clip(tmp_path / "c.mp4", "renamed")])[0].equal(first[1]) and vae.calls == before
     written(clips[0].path, seed=1)  # the same name, another content
     changed = latents()
     assert vae.calls == before + 1 and not changed[0].equal(first[0]) and changed[1].equal(first[1])
@@ -75,8 +73,8 @@ def test_latents_are_computed_once(tmp_path, capsys):
 
 def test_a_damaged_clip_gives_its_reason_and_no_latents(tmp_path):
     (tmp_path / "a.mp4").write_text("no video")
-    sources = [data.Source(data.Clip(tmp_path / "a.mp4", "a"), (32, 32), 1)]
-    sources += [data.Source(data.Clip(written(tmp_path / "b.mp4"), "b"), (32, 32), 1)] * 2
+    sources = [dataset.Source(dataset.Clip(tmp_path / "a.mp4", "a"), (32, 32), 1)]
+    sources += [dataset.Source(dataset.Clip(written(tmp_path / "b.mp4"), "b"), (32, 32), 1)] * 2
     latents, skipped = cache.latents(sources, ["a", "b", "c"], 9, 16, CountingVAE().encode, tmp_path / "cache")
     assert latents[0] is None and latents[1][0].equal(latents[2][0])
     assert [(path.name, reason.startswith("cannot be read")) for path, reason in skipped] == [("a.mp4", True)]

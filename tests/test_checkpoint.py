@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from small import Code
 from transformers import UMT5Config, UMT5EncoderModel
 
-import checkpoint
-import cli
 import lora
-from checkpoint import (
+from model import Wan, WanConfig
+from support import cli
+from wan import checkpoint
+from wan.checkpoint import (
     Preset,
     find_model,
     has_two_experts,
@@ -38,10 +39,9 @@ from checkpoint import (
     save_pipeline,
     save_preset,
 )
-from model import Wan, WanConfig
-from names import TEXT_NAMES, TRANSFORMER_NAMES, rename, vae_names
-from text import T5Config, UMT5Encoder, train_tokenizer, write_tokenizer
-from vae import VAEConfig, WanVAE
+from wan.names import TEXT_NAMES, TRANSFORMER_NAMES, rename, vae_names
+from wan.text import T5Config, UMT5Encoder, train_tokenizer, write_tokenizer
+from wan.vae import VAEConfig, WanVAE
 
 WAN = WanConfig(
     dim=32,
@@ -311,7 +311,7 @@ def test_nothing_but_the_standard_files_is_written(small):
 
 def test_loading_a_folder_is_quick(small):
     """What takes a second to import must not be: the hub's client, and the compiler behind drawing without memory."""
-    script = f"import sys, checkpoint; checkpoint.load_pipeline({str(small.folder)!r}); print(*sys.modules)"
+    script = f"import sys; from wan import checkpoint; checkpoint.load_pipeline({str(small.folder)!r}); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     slow = {"huggingface_hub", "torch._dynamo", "diffusers", "transformers"}
     assert slow.isdisjoint(run.stdout.split()), slow.intersection(run.stdout.split())
@@ -700,7 +700,7 @@ def test_loading_takes_the_memory_of_one_model(tmp_path):
         save_file(state, tmp_path / name)
     script = f"""
 import re
-from checkpoint import load_transformer
+from wan.checkpoint import load_transformer
 load_transformer({str(tmp_path / "small.safetensors")!r})  # what torch takes the first time, whatever the size
 memory = lambda kind: 1024 * int(re.search(kind + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
 before, model = memory("VmRSS"), load_transformer({str(path)!r})

@@ -10,8 +10,8 @@ import torch
 from small import call, mistake, model_fixture  # noqa: F401 (a fixture)
 from torch._inductor.exc import InductorError
 
-import cli
 import sample
+from support import cli
 
 
 @dataclass(frozen=True)

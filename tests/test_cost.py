@@ -8,12 +8,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import cost
 import lora
 import train
 from model import Wan, WanConfig
-from text import T5Config, UMT5Encoder
-from vae import VAEConfig, WanVAE
+from support import cost
+from wan.text import T5Config, UMT5Encoder
+from wan.vae import VAEConfig, WanVAE
 
 CONFIG = WanConfig(48, 96, 32, num_heads=2, num_layers=3, text_len=32, text_dim=16)
 SHAPE = (2, 16, 7, 8, 8)

@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import load_file
 from small import call, clips_fixture, mistake, model_fixture  # noqa: F401 (fixtures)
 
-import checkpoint
-import distributed
 import lora
-import resume
 import train
+from support import distributed, resume
+from wan import checkpoint
 
 ROOT = Path(__file__).parent.parent
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

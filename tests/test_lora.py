@@ -9,10 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import Code, call, mistake
 
-import checkpoint
 import lora
-import names
 from model import Wan, WanConfig
+from wan import checkpoint, names
 
 GOLDEN = "tests/golden/"
 

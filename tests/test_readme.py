@@ -2,8 +2,8 @@
 
 How its commands are run, in their order, in a copy of what they need (the code, `clips/`, `checkpoints/`):
 
-    ```sh     `python FILE.py ...` as it stands, in this process, with modules loaded anew from the copy. Two files
-              would take minutes, and get the flags of `SHORTER` on top: train.py two steps, world.py two clips.
+    ```sh     `python FILE.py ...` as it stands, in this process, with modules loaded anew from the copy. Two would
+              take minutes, and get the flags of `SHORTER` on top: train.py two steps, toy.world two clips.
               What sets up or tests (make, venv, activate, pip, ruff, pytest) is not run; its target or file must exist.
     ```diff   an edit of the file that it names: applied to the copy for the next block, then undone.
     ```python run as it stands.
@@ -24,26 +24,24 @@ from typing import NamedTuple
 
 import pytest
 
-import checkpoint
-import cli
-import data
 import flow
 import lora
-import report
 import sample
 import tasks
-import tiny
 import train
-import world
+from support import cli, dataset, report
+from toy import grow, judge, world
+from wan import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = {
-    "sample.py": sample.SampleConfig, "train.py": train.TrainConfig, "tiny.py": tiny.TinyConfig,
-    "world.py": world.WorldConfig, "tasks.py": tasks.Config,
-    "lora.py": lora.LoRAConfig, "report.py": report.ReportConfig,
+    "sample.py": sample.SampleConfig, "train.py": train.TrainConfig, "tasks.py": tasks.Config,
+    "lora.py": lora.LoRAConfig, "-m toy.world": world.WorldConfig, "-m toy.grow": grow.TinyConfig,
+    "-m toy.judge": judge.JudgeConfig, "-m support.report": report.ReportConfig,
 }  # fmt: skip
-SHORTER = {"train.py": ["--steps", "2"], "world.py": ["--count", "2"]}
+SHORTER = {"train.py": ["--steps", "2"], "-m toy.world": ["--count", "2"]}
+PACKAGES = ("wan", "support", "toy")
 OTHERS_FLAGS = {"--index-url", "--nproc-per-node"}  # of pip and torchrun
 
 # Named in the README, but made by its commands or by the reader, or part of other people's folders.
@@ -51,7 +49,7 @@ MADE_IN = ("outputs/", "runs/", "data/world", ".cache/")
 MADE = {
     "a.mp4", "a.txt", "metadata.csv", "metadata.jsonl", "metrics.jsonl", "lora.safetensors", "filmstrip.png",
     "best.safetensors", "report.html", "videos.txt", "prompts.txt", "~/.cache/nanopusa",
-    "data → vae/text → flow(model(vta)) → vae → data",
+    "media → vae/text → flow(model(vta)) → vae → media",
 }  # fmt: skip
 SUFFIXES = (".py", ".txt", ".toml", ".md", ".png", ".gif", ".mp4", ".json", ".jsonl", ".csv", ".safetensors")
 
@@ -94,8 +92,8 @@ def copy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    for name in ("clips", "checkpoints"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".cache"))
+    for name in ("clips", "checkpoints", *PACKAGES):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(".cache", "__pycache__"))
     return folder
 
 
@@ -122,8 +120,12 @@ def _edited(folder: Path, edits: tuple[str, ...]):
 @contextlib.contextmanager
 def _as_a_process(folder: Path, monkeypatch):
     """The folder as working directory and first place of modules, none of which is loaded yet; yields its output."""
-    ours = {path.stem for path in folder.glob("*.py")}
-    loaded = {name: sys.modules.pop(name) for name in ours & sys.modules.keys()}
+    ours = {path.stem for path in folder.glob("*.py")} | set(PACKAGES)
+
+    def unload() -> dict:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in ours}
+
+    loaded = unload()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -132,8 +134,7 @@ def _as_a_process(folder: Path, monkeypatch):
         with contextlib.redirect_stdout(out):
             yield out
     finally:
-        for name in ours:
-            sys.modules.pop(name, None)
+        unload()
         sys.modules.update(loaded)
 
 
@@ -149,21 +150,32 @@ def _check_setup(words: list[str]) -> bool:
     return words in (["python", "-m", "venv", ".venv"], ["source", ".venv/bin/activate"])
 
 
+def _command(words: list[str]) -> tuple[str, list[str]]:
+    """A key of `CONFIGS` and the arguments, of `python FILE.py ...` or `python -m PACKAGE.MODULE ...`."""
+    assert words[0] == "python", words
+    return (f"-m {words[2]}", words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
 @pytest.mark.parametrize("block", _cases("sh"))
 def test_commands_run(block, copy, monkeypatch):
     for line in block.text.splitlines():
         words = shlex.split(line, comments=True)
         if _check_setup(words):
             continue
-        assert words[0] == "python" and words[1] in CONFIGS, f"no rule how to try {line!r}"
+        command, argv = _command(words)
+        assert command in CONFIGS, f"no rule how to try {line!r}"
         with _edited(copy, block.edits), _as_a_process(copy, monkeypatch) as out:
-            monkeypatch.setattr(sys, "argv", words[1:] + SHORTER.get(words[1], []))
+            monkeypatch.setattr(sys, "argv", [command.split()[-1], *argv, *SHORTER.get(command, [])])
             try:
-                runpy.run_path(str(copy / words[1]), run_name="__main__")
+                if command.startswith("-m "):
+                    runpy.run_module(command[3:], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(str(copy / command), run_name="__main__")
             except SystemExit as end:
                 pytest.fail(f"{line}\nended with status {end.code}; its sentence is in the captured stderr")
         files = [name for name in out.getvalue().splitlines() if name.startswith(("outputs", "runs"))]
-        assert files or words[1] in ("tasks.py", "world.py") or "--dry-run" in words, f"{line}\nnames no file it wrote"
+        silent = command in ("tasks.py", "-m toy.world") or "--dry-run" in words
+        assert files or silent, f"{line}\nnames no file it wrote"
         for name in files:
             assert (copy / name).exists(), f"{line}\nnames {name}, which is not there"
 
@@ -187,8 +199,8 @@ def test_python_runs_and_prints_what_its_comments_say(block, copy, monkeypatch):
 def test_commands_that_are_not_run_have_flags_that_exist(block):
     for line in block.text.splitlines():
         if line.startswith("python "):
-            _, file, *argv = shlex.split(line)
-            cli.parse(CONFIGS[file], "README", argv)
+            command, argv = _command(shlex.split(line))
+            cli.parse(CONFIGS[command], "README", argv)
 
 
 def test_every_block_is_of_a_kind_that_is_tried():
@@ -200,7 +212,7 @@ def test_commands_in_the_text_exist():
     for code in CODE:
         words = code.split()
         if words[0] == "python" and code not in known:
-            assert words[1] in CONFIGS, code
+            assert _command(words)[0] in CONFIGS, code
         elif words[0] in ("make", "pip"):
             assert _check_setup(words), code
 
@@ -284,8 +296,8 @@ def test_captions_in_commands_are_those_of_the_toy_world():
 def test_every_number_is_that_of_the_code():
     wan, own = checkpoint.Preset(), checkpoint.load_preset(ROOT / "checkpoints" / "tiny")
     size = sum(path.stat().st_size for path in (ROOT / "checkpoints" / "tiny").rglob("*") if path.is_file())
-    assert size < 16 * 10**6 and len(data.find_clips(ROOT / "clips")) == 16
-    assert own.noise == 0 and tiny.VAE.patch_size == 2 and tiny.TRANSFORMER.text_len == 32
+    assert size < 16 * 10**6 and len(dataset.find_clips(ROOT / "clips")) == 16
+    assert own.noise == 0 and grow.VAE.patch_size == 2 and grow.TRANSFORMER.text_len == 32
     facts = (
         "less than 16 MB",
         "sixteen captioned clips",

@@ -5,8 +5,8 @@ import re
 
 from small import call, clips_fixture, mistake, model_fixture  # noqa: F401 (fixtures)
 
-import report
 import train
+from support import report
 
 
 def test_a_run_ends_with_a_page_that_stands_alone(model, clips, tmp_path):

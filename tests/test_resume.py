@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-import resume
+from support import resume
 
 SETTINGS, INPUTS = {"lr": 0.1, "out": "a"}, {"clips": "1"}
 

@@ -14,19 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import FRAMES, Code, call, clips_fixture, count, mistake, model_fixture, random_lora, scene_video  # noqa: F401
 
-import checkpoint
-import cost
-import data
 import flow
 import lora
 import sample
 import tasks
-import text
 import train
-import world
 from model import Wan
 from sample import SampleConfig
-from text import UMT5Encoder
+from support import cost, dataset, media
+from toy import world
+from wan import checkpoint, text
+from wan.text import UMT5Encoder
 
 NAMES = tuple(tasks.TASKS)
 
@@ -80,10 +78,10 @@ def test_a_task_makes_its_files_and_repeats_to_the_bit(task, run, made, tmp_path
     assert made() == ["a.json", "a.mp4", "a.png"]
     out = tmp_path / "out"
     assert result.out.split() == [str(out / name) for name in ("a.mp4", "a.png", "a.json")]
-    video = data.read_video(out / "a.mp4")
+    video = media.read_video(out / "a.mp4")
     assert video.shape == (3, FRAMES, 32, 32)
     assert video.std() > 0.05
-    assert data.read_image(out / "a.png").shape[2] > 200
+    assert media.read_image(out / "a.png").shape[2] > 200
 
     repeated = call(sample, "--from-json", out / "a.json", "--out", out / "b.mp4")
     assert repeated.status == 0, repeated.err
@@ -95,12 +93,12 @@ def test_a_task_makes_its_files_and_repeats_to_the_bit(task, run, made, tmp_path
 def test_another_seed_is_another_video(run, tmp_path):
     for name, seed in (("a.mp4", 3), ("b.mp4", 4)):
         assert run("--task", "i2v", "--seed", seed, out=name).status == 0
-    a, b = (data.read_video(tmp_path / "out" / name) for name in ("a.mp4", "b.mp4"))
+    a, b = (media.read_video(tmp_path / "out" / name) for name in ("a.mp4", "b.mp4"))
     assert (a - b)[:, 1:].abs().max() > 0.1
 
 
 def test_a_task_takes_files_of_the_user(run, clips, tmp_path):
-    data.save_image(tmp_path / "a b.png", scene_video(0)[:, 0])
+    media.save_image(tmp_path / "a b.png", scene_video(0)[:, 0])
     a, b = tmp_path / "a b.png", f"{clips / '00001.mp4'}@20"
     video = clips / "00002.mp4"
     for number, arguments in enumerate(
@@ -149,7 +147,7 @@ def test_a_gif_another_size_a_length_in_seconds_and_the_type_of_the_machine(mode
     flags = ["--size", "48x32", "--seconds", "0.9", "--fps", "10", "--steps", "2", "--guidance", "1"]
     result = call(sample, "--model", model, "--task", "i2v", "--out", out, *flags)
     assert result.status == 0, result.err
-    assert data.read_video(out).shape == (3, 9, 32, 48)
+    assert media.read_video(out).shape == (3, 9, 32, 48)
     assert _settings(out.with_suffix(".json"))["dtype"] in ("float32", "bfloat16")
 
 
@@ -185,14 +183,14 @@ def test_dry_run_counts_the_transformer_where_a_window_begins_from_decoded_frame
 
 def test_plot_shows_at_most_eight_of_the_steps(run, monkeypatch):
     rows = []
-    monkeypatch.setattr(data, "filmstrip", lambda videos, **_: rows.append(videos) or data.Image.new("RGB", (9, 9)))
+    monkeypatch.setattr(media, "filmstrip", lambda videos, **_: rows.append(videos) or media.Image.new("RGB", (9, 9)))
     assert run("--task", "t2v", "--plot", "--steps", 15).status == 0
     assert [title for title, _ in rows[1]] == [f"after step {k}" for k in (1, 3, 5, 7, 9, 11, 13, 15)]
 
 
 def test_two_runs_at_once_do_not_take_one_number(model, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    write = data.write_video
+    write = media.write_video
 
     def crowded(path, *arguments):
         write(path, *arguments)
@@ -205,7 +203,7 @@ def test_two_runs_at_once_do_not_take_one_number(model, monkeypatch, tmp_path):
 
     generate = sample.generate
     monkeypatch.setattr(sample, "generate", other)
-    monkeypatch.setattr(data, "write_video", crowded)
+    monkeypatch.setattr(media, "write_video", crowded)
     result = call(sample, "--model", model, "--task", "t2v", "--prompt", "a red circle")
     assert result.status == 0 and str(Path("outputs/t2v-002.mp4")) in result.out, result
     assert Path("outputs/t2v-001.mp4").read_bytes() == b"of another run"
@@ -215,7 +213,7 @@ def test_plot_writes_both_pictures(run, made, tmp_path):
     assert run("--task", "start-end", "--plot").status == 0
     assert made() == ["a-denoising.png", "a-tau.png", "a.json", "a.mp4", "a.png"]
     for name in ("a-denoising.png", "a-tau.png"):
-        assert data.read_image(tmp_path / "out" / name).std() > 0.1
+        assert media.read_image(tmp_path / "out" / name).std() > 0.1
 
 
 # The network's work.
@@ -718,7 +716,7 @@ def test_each_line_becomes_a_clip_to_train_on(each, run, model, alive, calls, tm
     names = [f"0000{n}.{kind}" for n in range(3) for kind in ("mp4", "txt")]
     assert sorted(_clips(folder)) == [*names, "settings.json"]
     captions = ["a red circle moving left", "a blue square", "a red circle moving left"]
-    assert [clip.caption for clip in data.find_clips(folder)] == captions
+    assert [clip.caption for clip in dataset.find_clips(folder)] == captions
     loaded = [("load_vae", set()), ("load_text_encoder", {"load_vae"}), ("high", {"load_vae"})]
     assert alive == loaded + 3 * [("decode", {"load_vae", "high"})]
     assert calls["forward"] == 3 * 3 and "9/9" in result.err
@@ -749,7 +747,8 @@ def test_clips_that_were_stopped_are_gone_on_with(experts, writer, each, two, ca
     assert each(*flags, out="whole").status == 0
     with monkeypatch.context() as patch:
         written = []
-        original = getattr(data, writer)
+        owner = media if writer == "write_video" else dataset
+        original = getattr(owner, writer)
 
         def write(*arguments):
             original(*arguments)
@@ -757,7 +756,7 @@ def test_clips_that_were_stopped_are_gone_on_with(experts, writer, each, two, ca
             if len(written) == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr(data, writer, write)
+        patch.setattr(owner, writer, write)
         stopped = each(*flags)
     assert stopped.status == 130 and "stopped at 1 of 3 clips; the same command goes on" in stopped.err
     folder = tmp_path / "out" / "clips"
@@ -930,7 +929,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(flags, words, run, made, m
         (tmp_path / "text.mp4").write_text("no video at all")
         places["TEXT"] = tmp_path / "text.mp4"
     if "SHORT" in flags:
-        data.write_video(tmp_path / "short.mp4", scene_video(0, 9), 16)
+        media.write_video(tmp_path / "short.mp4", scene_video(0, 9), 16)
         places["SHORT"] = tmp_path / "short.mp4"
     for name, path in places.items():
         flags = flags.replace(name, str(path))

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from text import T5Config, Tokenizer, UMT5Encoder, clean, embed, position_buckets, train_tokenizer, write_tokenizer
+from wan.text import T5Config, Tokenizer, UMT5Encoder, clean, embed, position_buckets, train_tokenizer, write_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "text.safetensors"
 SMALL = T5Config(vocab_size=50, dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2)

@@ -19,16 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small import FRAMES, call, clips_fixture, count, mistake, model_fixture, write_clips  # noqa: F401 (fixtures)
 
-import checkpoint
-import data
 import lora
-import resume
 import sample
 import train
 from model import Wan
-from text import UMT5Encoder
+from support import dataset, media, resume
 from train import Dataset, TrainConfig
-from vae import WanVAE
+from wan import checkpoint
+from wan.text import UMT5Encoder
+from wan.vae import WanVAE
 
 
 def _train(model, clips, out, *arguments):
@@ -142,7 +141,7 @@ def test_what_is_written_beside_the_lora(run, tmp_path):
     assert _metrics(out)[-1]["flops"] == pytest.approx(6 * _metrics(out)[0]["flops"])
     assert TrainConfig(**json.loads((out / "settings.json").read_text())).rank == 2
     for name in ("filmstrip.png", "step-000004.png"):
-        assert data.read_image(out / name).std() > 0.1
+        assert media.read_image(out / name).std() > 0.1
     state = torch.load(out / "state-000006.pt", weights_only=True)
     assert state["figures"]["step"] == 6 and len(state["trained"]) == 40
 
@@ -206,7 +205,7 @@ def test_full_from_scratch_writes_a_model_that_sample_runs(run, loaded, model, t
     flags = ["--model", made, "--task", "t2v", "--prompt", "a red circle", "--out", tmp_path / "a.mp4"]
     sampled = call(sample, *flags, "--dtype", "float32")
     assert sampled.status == 0, sampled.err
-    assert data.read_video(tmp_path / "a.mp4").shape[1] == FRAMES
+    assert media.read_video(tmp_path / "a.mp4").shape[1] == FRAMES
 
 
 def _params(folder):
@@ -574,7 +573,7 @@ def test_experts_are_chosen_where_there_are_two(flags, words, run, two, tmp_path
 def test_one_clip_in_ten_is_kept_for_validation(model, tmp_path):
     folder = tmp_path / "clips"
     for i in range(20):
-        data.save_image(folder / f"{i:02d}.png", torch.full((3, 32, 32), i / 10 - 1))
+        media.save_image(folder / f"{i:02d}.png", torch.full((3, 32, 32), i / 10 - 1))
         (folder / f"{i:02d}.txt").write_text(f"number {i}")
     encoder = checkpoint.load_text_encoder(model)
     config = TrainConfig(data=str(folder), model=str(model), frames=1, device="cpu", dtype="float32")
@@ -590,12 +589,12 @@ def test_one_clip_in_ten_is_kept_for_validation(model, tmp_path):
 def _mixed(folder):
     """Two long clips of the toy world, a wide one, and three that cannot be used."""
     write_clips(folder, 2)
-    data.write_video(folder / "wide.mp4", torch.rand(3, 20, 48, 96) * 2 - 1, 16)
-    data.write_video(folder / "short.mp4", torch.zeros(3, 5, 32, 32), 16)
+    media.write_video(folder / "wide.mp4", torch.rand(3, 20, 48, 96) * 2 - 1, 16)
+    media.write_video(folder / "short.mp4", torch.zeros(3, 5, 32, 32), 16)
     (folder / "broken.mp4").write_text("no video")
     for name in ("wide", "short", "broken"):
         (folder / f"{name}.txt").write_text(name)
-    data.write_video(folder / "silent.mp4", torch.zeros(3, 33, 32, 32), 16)
+    media.write_video(folder / "silent.mp4", torch.zeros(3, 33, 32, 32), 16)
     return folder
 
 
@@ -634,7 +633,7 @@ def test_a_batch_is_of_one_shape_and_parts_of_it_are_the_whole():
     clips, _ = _numbered(9)
     for i in range(6, 9):
         clips.latents[i] = torch.full((16, 3, 2, 4), float(i))
-    clips = clips._replace(training=data.by_shape([x.shape for x in clips.latents], range(9)))
+    clips = clips._replace(training=dataset.by_shape([x.shape for x in clips.latents], range(9)))
     shapes = []
 
     def network(x, tau, context):

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import checkpoint
-import world
-from vae import MEMORY, VAEConfig, WanVAE
+from toy import world
+from wan import checkpoint
+from wan.vae import MEMORY, VAEConfig, WanVAE
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "vae.safetensors"
@@ -245,7 +245,7 @@ def test_memory_decides_what_is_not_asked_for(tile, monkeypatch):
 
 MEASURE = """
 import sys, torch
-from vae import MEMORY, VAEConfig, WanVAE
+from wan.vae import MEMORY, VAEConfig, WanVAE
 
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small import call, mistake
 
-import data
-import world
-from world import Scene, Thing
+from support import dataset, media
+from toy import world
+from toy.world import Scene, Thing
 
 MIDDLE = world.SIDE / 2
 
@@ -240,7 +240,7 @@ def test_write_makes_clips_and_captions_and_keeps_them(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == names
     scenes = list(world.scenes(3, seed=7))
     assert (folder / "00001.txt").read_text(encoding="utf-8") == scenes[1].caption + "\n"
-    assert data.find_clips(folder)[0].caption == scenes[0].caption
+    assert dataset.find_clips(folder)[0].caption == scenes[0].caption
 
     # What is complete is kept; a clip that was cut off before its caption is made again.
     (folder / "00000.mp4").write_bytes(b"mine")
@@ -262,9 +262,9 @@ def test_clips_of_another_seed_are_not_taken_for_these(tmp_path):
 def test_written_clips_can_still_be_read(tmp_path):
     world.write(tmp_path, 1, seed=8, unseen=True)
     (scene,) = world.scenes(1, seed=8, unseen=True)
-    video = data.read_video(tmp_path / "00000.mp4")
+    video = media.read_video(tmp_path / "00000.mp4")
     assert video.shape == (3, 33, 64, 64)
-    assert torch.equal(data.read_video(tmp_path / "00000.mp4", fps=16), video)  # the rate that it was written at
+    assert torch.equal(media.read_video(tmp_path / "00000.mp4", fps=16), video)  # the rate that it was written at
     assert (video - world.render(scene)).square().mean().sqrt() < 0.1
     for thing in scene.things:
         for found, at in zip(world.read(video[:, ::4]), world.positions(thing)[::4].tolist(), strict=True):

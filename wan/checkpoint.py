@@ -37,9 +37,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cli import replacing, write_json
 from model import Wan, WanConfig
-from names import (
+from support.cli import replacing, write_json
+from wan.names import (
     TEXT_FIELDS,
     TEXT_NAMES,
     TRANSFORMER_FIELDS,
@@ -49,8 +49,8 @@ from names import (
     rename,
     vae_names,
 )
-from text import T5Config, Tokenizer, UMT5Encoder, write_tokenizer
-from vae import VAEConfig, WanVAE
+from wan.text import T5Config, Tokenizer, UMT5Encoder, write_tokenizer
+from wan.vae import VAEConfig, WanVAE
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # what has weights; the second is the low-noise expert
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"

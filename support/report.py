@@ -1,6 +1,6 @@
 """What came of a training: its page `report.html`.
 
-    python report.py runs/pusa     writes the page anew from the files of a run, finished or not
+    python -m support.report runs/pusa     writes the page anew from the files of a run, finished or not
 
 The page is one file without links to others: curves are SVG, pictures are inside it.
 """
@@ -13,9 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
-import cost
-import resume
+from support import cli, cost, resume
 
 COLOURS = ("#1f5fa8", "#e87722", "#2a9d6f", "#8a4fbf")
 

@@ -5,7 +5,7 @@ where they start, and names two of them from left to right. Because the rules ar
 generated clip: `read` finds shape, colour, size and position of whatever is in a frame. The world is as plain as it can
 be, so that two cores can learn it: shapes are large, start on a coarse grid, and two of them never meet.
 
-    python world.py --out data/world --count 4000
+    python -m toy.world --out data/world --count 4000
 """
 
 import math
@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
-import data
+from support import cli, dataset
 
 SIDE = 64  # pixels, width and height
 FRAMES = 33
@@ -197,10 +196,10 @@ def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
 def write(folder: Path | str, count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> None:
     """Write `count` clips as mp4 with a caption beside each; clips that are there already are kept."""
     wanted = list(scenes(count, seed, unseen, pairs))
-    missing = data.missing_clips(folder, [scene.caption for scene in wanted])
+    missing = dataset.missing_clips(folder, [scene.caption for scene in wanted])
     progress = cli.Progress(count, "clips", count - len(missing))
     for index in missing:
-        data.write_clip(folder, index, render(wanted[index]), FPS, wanted[index].caption)
+        dataset.write_clip(folder, index, render(wanted[index]), FPS, wanted[index].caption)
         progress.step()
 
 

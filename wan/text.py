@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from tokenizers import normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from cli import replacing, write_json
+from support.cli import replacing, write_json
 
 MAX_DISTANCE = 128  # tokens; the last bucket takes every distance from about here on
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+from support import dataset, media
 
 
 def moving(N: int = 9, H: int = 32, W: int = 32) -> torch.Tensor:
@@ -35,7 +35,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def written(path, fps=16, N=9):
-    data.write_video(path, moving(N), fps)
+    media.write_video(path, moving(N), fps)
     return path
 
 
@@ -45,26 +45,26 @@ def written(path, fps=16, N=9):
 @pytest.mark.parametrize("suffix, bound", [(".mp4", 36), (".gif", 34)])
 def test_round_trip(tmp_path, suffix, bound):
     video, path = moving(), tmp_path / f"a{suffix}"
-    data.write_video(path, video, 20)
-    read = data.read_video(path)
+    media.write_video(path, video, 20)
+    read = media.read_video(path)
     assert read.shape == video.shape and read.dtype == torch.float32 and read.abs().max() <= 1
     assert psnr(read, video) > bound
     with av.open(str(path)) as container:
         times = [frame.time for frame in container.decode(video=0)]
     assert times == pytest.approx([index / 20 for index in range(9)])
     before = path.read_bytes()
-    data.write_video(path, video, 20)
+    media.write_video(path, video, 20)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_writing_and_reading_again_does_not_darken(tmp_path):
-    data.write_video(tmp_path / "a.mp4", counting(16), 16)
-    assert (data.read_video(tmp_path / "a.mp4") - counting(16)).mean().abs() < 0.25 / 127.5
+    media.write_video(tmp_path / "a.mp4", counting(16), 16)
+    assert (media.read_video(tmp_path / "a.mp4") - counting(16)).mean().abs() < 0.25 / 127.5
 
 
 def test_gif_keeps_the_mean_rate_and_loops(tmp_path):
-    data.write_video(tmp_path / "a.gif", counting(16), 16)  # 6.25 hundredths of a second do not fit the format
+    media.write_video(tmp_path / "a.gif", counting(16), 16)  # 6.25 hundredths of a second do not fit the format
     with Image.open(tmp_path / "a.gif") as image:
         assert image.info["loop"] == 0
         durations = []
@@ -72,25 +72,25 @@ def test_gif_keeps_the_mean_rate_and_loops(tmp_path):
             image.seek(index)
             durations.append(image.info["duration"])
     assert sum(durations) == 1000 and set(durations) == {60, 70}
-    assert indices(data.read_video(tmp_path / "a.gif", fps=16)) == list(range(16))
+    assert indices(media.read_video(tmp_path / "a.gif", fps=16)) == list(range(16))
 
 
 def test_still_gif_keeps_its_length(tmp_path):
-    data.write_video(tmp_path / "a.gif", torch.zeros(3, 8, 16, 16), 16)
-    assert data.read_video(tmp_path / "a.gif", fps=16).shape[1] == 8
+    media.write_video(tmp_path / "a.gif", torch.zeros(3, 8, 16, 16), 16)
+    assert media.read_video(tmp_path / "a.gif", fps=16).shape[1] == 8
 
 
 def test_odd_sizes_are_padded(tmp_path):
     video = moving(3, 31, 33)
-    data.write_video(tmp_path / "a.mp4", video, 8)
-    read = data.read_video(tmp_path / "a.mp4")
+    media.write_video(tmp_path / "a.mp4", video, 8)
+    read = media.read_video(tmp_path / "a.mp4")
     assert read.shape == (3, 3, 32, 34) and psnr(read[..., :31, :33], video) > 36
 
 
 def test_resampling_takes_the_nearest_frame(tmp_path):
-    data.write_video(tmp_path / "fast.mp4", counting(13), 24)
-    data.write_video(tmp_path / "slow.mp4", counting(9), 8)
-    read = data.read_video
+    media.write_video(tmp_path / "fast.mp4", counting(13), 24)
+    media.write_video(tmp_path / "slow.mp4", counting(9), 8)
+    read = media.read_video
     # 24 to 16: targets are 1.5 source frames apart, and of two equally near frames the earlier is taken.
     assert indices(read(tmp_path / "fast.mp4", fps=16)) == [0, 1, 3, 4, 6, 7, 9, 10, 12]
     assert indices(read(tmp_path / "slow.mp4", fps=16)) == [index // 2 for index in range(18)]
@@ -102,7 +102,7 @@ def test_resampling_takes_the_nearest_frame(tmp_path):
 def test_uneven_timestamps_are_respected(tmp_path):
     images = [Image.fromarray(np.full((8, 8, 3), level, np.uint8)) for level in (0, 100, 200)]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=[100, 400, 100])
-    levels = (data.read_video(tmp_path / "a.gif", fps=10).mean((0, 2, 3)) + 1) * 127.5
+    levels = (media.read_video(tmp_path / "a.gif", fps=10).mean((0, 2, 3)) + 1) * 127.5
     assert levels.round().int().tolist() == [0, 100, 100, 100, 200, 200]  # they start at 0, 0.1 and 0.5 s
 
 
@@ -110,12 +110,12 @@ def test_time_counts_from_the_first_frame(tmp_path):
     with av.open(str(tmp_path / "late.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=8)
         stream.width = stream.height = 32
-        for index, pixels in enumerate(data._to_bytes(counting(8))):
+        for index, pixels in enumerate(media._to_bytes(counting(8))):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = index + 24, Fraction(1, 8)  # as a recording that starts at 3 s
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    assert indices(data.read_video(tmp_path / "late.mkv", fps=4, first=3)) == [0, 2, 4]
+    assert indices(media.read_video(tmp_path / "late.mkv", fps=4, first=3)) == [0, 2, 4]
 
 
 def test_reading_stops_once_there_are_enough_frames(tmp_path):
@@ -123,28 +123,28 @@ def test_reading_stops_once_there_are_enough_frames(tmp_path):
     content = path.read_bytes()
     start = content.index(b"mdat")
     path.write_bytes(content[: start + (len(content) - start) // 2])  # the second half is lost
-    assert data.read_video(path, first=4).shape[1] == 4
-    assert data.read_frame(path, 4).shape == (3, 32, 32)
+    assert media.read_video(path, first=4).shape[1] == 4
+    assert media.read_frame(path, 4).shape == (3, 32, 32)
 
 
 def test_first_and_last_frames_alone(tmp_path):
-    data.write_video(tmp_path / "a.mp4", counting(16), 16)
+    media.write_video(tmp_path / "a.mp4", counting(16), 16)
     for fps in (16, 24, 8):
-        video = data.read_video(tmp_path / "a.mp4", fps=fps)
+        video = media.read_video(tmp_path / "a.mp4", fps=fps)
         N = video.shape[1]
         for first, last in ((5, None), (None, 5), (7, 3), (1, 1), (99, 99)):
-            part = data.read_video(tmp_path / "a.mp4", fps=fps, first=first, last=last)
+            part = media.read_video(tmp_path / "a.mp4", fps=fps, first=first, last=last)
             assert torch.equal(part, video[:, : first or N][:, -(last or N) :])
-    whole = data.read_video(tmp_path / "a.mp4")
-    assert torch.equal(data.read_frame(tmp_path / "a.mp4", 11), whole[:, 11])
+    whole = media.read_video(tmp_path / "a.mp4")
+    assert torch.equal(media.read_frame(tmp_path / "a.mp4", 11), whole[:, 11])
     with pytest.raises(ValueError, match=r"a\.mp4 has frames 0 to 15, and not 16"):
-        data.read_frame(tmp_path / "a.mp4", 16)
+        media.read_frame(tmp_path / "a.mp4", 16)
 
 
 def test_a_sideways_phone_clip_is_read_upright(tmp_path):
     video = torch.full((3, 3, 16, 32), -0.9)
     video[..., :16] = 0.9  # bright on the left
-    data.write_video(tmp_path / "a.mp4", video, 8)
+    media.write_video(tmp_path / "a.mp4", video, 8)
     content = (tmp_path / "a.mp4").read_bytes()
     one = 1 << 16
     matrix = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
@@ -152,7 +152,7 @@ def test_a_sideways_phone_clip_is_read_upright(tmp_path):
     head, track, rest = content.partition(b"tkhd")
     assert rest.count(matrix) == 1
     (tmp_path / "a.mp4").write_bytes(head + track + rest.replace(matrix, turned))
-    read = data.read_video(tmp_path / "a.mp4")
+    read = media.read_video(tmp_path / "a.mp4")
     assert read.shape == (3, 3, 32, 16)
     assert read[..., :14, :].mean() > 0.8 and read[..., 18:, :].mean() < -0.8
 
@@ -163,28 +163,28 @@ def test_images(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    image = data.read_image(tmp_path / "a.png")
+    image = media.read_image(tmp_path / "a.png")
     assert image.shape == (3, 12, 8) and image[:, :6].eq(1).all() and image[:, 6:].eq(-1).all()
-    assert data.read_video(tmp_path / "a.png", size=(4, 4)).shape == (3, 1, 4, 4)
+    assert media.read_video(tmp_path / "a.png", size=(4, 4)).shape == (3, 1, 4, 4)
     Image.new("LA", (4, 4), (255, 255)).save(tmp_path / "grey.png")
-    assert data.read_image(tmp_path / "grey.png").eq(1).all()
-    data.save_image(tmp_path / "sub" / "b.png", image)
-    assert data.read_image(tmp_path / "sub" / "b.png").equal(image)
+    assert media.read_image(tmp_path / "grey.png").eq(1).all()
+    media.save_image(tmp_path / "sub" / "b.png", image)
+    assert media.read_image(tmp_path / "sub" / "b.png").equal(image)
 
 
 def test_resize_crop(tmp_path):
     video = moving(2, 32, 48)
-    assert data.resize_crop(video, (48, 32)) is video
-    assert data.resize_crop(video, (32, 32)).equal(video[..., 8:40])  # covers already: a crop alone, in the centre
-    assert data.resize_crop(video, (24, 8)).shape == (3, 2, 8, 24)
+    assert media.resize_crop(video, (48, 32)) is video
+    assert media.resize_crop(video, (32, 32)).equal(video[..., 8:40])  # covers already: a crop alone, in the centre
+    assert media.resize_crop(video, (24, 8)).shape == (3, 2, 8, 24)
     grid = torch.arange(75)
     board = ((grid[:, None] + grid) % 2 * 2.0 - 1).expand(3, 1, 75, 75)
     assert board[..., 2::5, 2::5].abs().min() == 1  # the pixels under the centres of the new ones: black and white
-    assert data.resize_crop(board, (15, 15))[..., 2:-2, 2:-2].abs().max() < 0.02  # antialiased: grey
+    assert media.resize_crop(board, (15, 15))[..., 2:-2, 2:-2].abs().max() < 0.02  # antialiased: grey
     edge = (grid >= 32).float() * 2 - 1
-    assert data.resize_crop(edge.expand(3, 1, 75, 75), (150, 150)).abs().max() <= 1
-    data.write_video(tmp_path / "a.mp4", video, 8)
-    assert data.read_video(tmp_path / "a.mp4", size=(16, 24)).shape == (3, 2, 24, 16)
+    assert media.resize_crop(edge.expand(3, 1, 75, 75), (150, 150)).abs().max() <= 1
+    media.write_video(tmp_path / "a.mp4", video, 8)
+    assert media.read_video(tmp_path / "a.mp4", size=(16, 24)).shape == (3, 2, 24, 16)
 
 
 def test_unreadable_files_and_impossible_wishes(tmp_path):
@@ -192,13 +192,13 @@ def test_unreadable_files_and_impossible_wishes(tmp_path):
     (tmp_path / "broken.png").write_text("not an image at all")
     for name in ("broken.mp4", "missing.mp4"):
         with pytest.raises(ValueError, match=rf"{name} cannot be read as a video"):
-            data.read_video(tmp_path / name)
+            media.read_video(tmp_path / name)
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image \(damaged"):
-        data.read_image(tmp_path / "broken.png")
+        media.read_image(tmp_path / "broken.png")
     with pytest.raises(ValueError, match=r"missing\.png cannot be read as an image \(no such file\)"):
-        data.read_image(tmp_path / "missing.png")
+        media.read_image(tmp_path / "missing.png")
     with pytest.raises(ValueError, match=r"cannot write a\.webm: expected a name that ends in \.mp4 or \.gif"):
-        data.write_video(tmp_path / "a.webm", moving(), 8)
+        media.write_video(tmp_path / "a.webm", moving(), 8)
 
 
 # Captions
@@ -211,7 +211,7 @@ def empty_media(folder, *names):
 
 
 def found(folder) -> dict[str, str]:
-    return {clip.path.relative_to(folder).as_posix(): clip.caption for clip in data.find_clips(folder)}
+    return {clip.path.relative_to(folder).as_posix(): clip.caption for clip in dataset.find_clips(folder)}
 
 
 def test_captions_beside_the_clips(tmp_path):
@@ -253,40 +253,40 @@ def test_a_listed_clip_may_have_its_caption_beside_it(tmp_path):
 
 def test_caption_errors(tmp_path):
     with pytest.raises(ValueError, match="nowhere is not a folder: expected one with clips"):
-        data.find_clips(tmp_path / "nowhere")
+        dataset.find_clips(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no clips"):
-        data.find_clips(tmp_path)
+        dataset.find_clips(tmp_path)
     (tmp_path / "metadata.csv").write_text("clip,text\na.mp4,a ball\n")
     with pytest.raises(ValueError, match=r"metadata\.csv, line 2 names no clip: got clip, text, expected file_name"):
-        data.find_clips(tmp_path)
+        dataset.find_clips(tmp_path)
     for line in ("{broken", "[1]", '{"text": "a ball"}'):
         (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "one"}\n' + line)
         with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2 names no clip: got .*, expected file_name"):
-            data.find_clips(tmp_path)
+            dataset.find_clips(tmp_path)
 
 
 def test_captions_line_by_line(tmp_path):
     empty_media(tmp_path, "a.mp4", "train/b.mp4")
     (tmp_path / "videos.txt").write_text("b.mp4\na.mp4\n")
     with pytest.raises(ValueError, match=r"has videos\.txt and no prompts\.txt"):
-        data.find_clips(tmp_path)
+        dataset.find_clips(tmp_path)
     (tmp_path / "prompt.txt").write_text("two\none\n")
     assert found(tmp_path) == {"a.mp4": "one", "train/b.mp4": "two"}
     (tmp_path / "prompt.txt").write_text("two\n")
     with pytest.raises(ValueError, match=r"videos\.txt has 2 lines and prompt\.txt 1, expected as many"):
-        data.find_clips(tmp_path)
+        dataset.find_clips(tmp_path)
 
 
 def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa red  circle\n\n   \n a blue square\t\r\na red circle", encoding="utf-8")
-    assert data.read_prompts(path) == ["a red circle", "a blue square", "a red circle"]
+    assert dataset.read_prompts(path) == ["a red circle", "a blue square", "a red circle"]
     for content in ("", " \n\n"):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"prompts.txt is empty, expected a prompt in each line"):
-            data.read_prompts(path)
+            dataset.read_prompts(path)
     with pytest.raises(ValueError, match="cannot read .*none.txt"):
-        data.read_prompts(tmp_path / "none.txt")
+        dataset.read_prompts(tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize(
@@ -298,22 +298,22 @@ def test_text_in_another_encoding_is_told_with_its_file(names, tmp_path):
     for name in names:
         (tmp_path / name).write_bytes("a.mp4\n".encode("utf-16"))
     with pytest.raises(ValueError, match=f"cannot read .*{names[0]} as UTF-8 .*expected a text file in that encoding"):
-        data.read_prompts(tmp_path / "prompts.txt") if names == ["prompts.txt"] else data.find_clips(tmp_path)
+        dataset.read_prompts(tmp_path / "prompts.txt") if names == ["prompts.txt"] else dataset.find_clips(tmp_path)
 
 
 def test_a_clip_without_its_caption_is_missing(tmp_path):
     captions = ["a", "b", "c"]
-    assert data.missing_clips(tmp_path / "new", captions) == [0, 1, 2]
+    assert dataset.missing_clips(tmp_path / "new", captions) == [0, 1, 2]
     for number in (0, 2):
-        data.write_clip(tmp_path, number, moving(5), 16, captions[number])
-    assert data.missing_clips(tmp_path, captions) == [1]
+        dataset.write_clip(tmp_path, number, moving(5), 16, captions[number])
+    assert dataset.missing_clips(tmp_path, captions) == [1]
     assert found(tmp_path) == {"00000.mp4": "a", "00002.mp4": "c"}
     (tmp_path / "00000.txt").unlink()
     (tmp_path / "00002.mp4").unlink()
-    assert data.missing_clips(tmp_path, captions) == [0, 1, 2]
-    data.write_clip(tmp_path, 1, moving(5), 16, "another")
+    assert dataset.missing_clips(tmp_path, captions) == [0, 1, 2]
+    dataset.write_clip(tmp_path, 1, moving(5), 16, "another")
     with pytest.raises(ValueError, match="00001.txt has the caption of another clip"):
-        data.missing_clips(tmp_path, captions)
+        dataset.missing_clips(tmp_path, captions)
 
 
 # What can be trained on
@@ -322,36 +322,36 @@ def test_a_clip_without_its_caption_is_missing(tmp_path):
 @pytest.mark.parametrize("source_fps, N", [(16, 33), (24, 50), (25, 9), (30, 31), (8, 17), (15, 2)])
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
 def test_probe_counts_the_frames_that_are_read(tmp_path, source_fps, N, suffix):
-    data.write_video(tmp_path / f"a{suffix}", torch.zeros(3, N, 16, 32), source_fps)
+    media.write_video(tmp_path / f"a{suffix}", torch.zeros(3, N, 16, 32), source_fps)
     for fps in (16, 12.5, 60):
-        expected = data.read_video(tmp_path / f"a{suffix}", fps=fps).shape[1]
-        assert data.probe(tmp_path / f"a{suffix}", fps) == (32, 16, expected)
+        expected = media.read_video(tmp_path / f"a{suffix}", fps=fps).shape[1]
+        assert media.probe(tmp_path / f"a{suffix}", fps) == (32, 16, expected)
 
 
 def test_probe_of_images_and_of_what_is_none(tmp_path):
-    data.save_image(tmp_path / "a.png", torch.zeros(3, 16, 32))
-    assert data.probe(tmp_path / "a.png", 16) == (32, 16, 1)
+    media.save_image(tmp_path / "a.png", torch.zeros(3, 16, 32))
+    assert media.probe(tmp_path / "a.png", 16) == (32, 16, 1)
     (tmp_path / "b.mp4").write_text("no video")
     with pytest.raises(ValueError, match="cannot be read as a video"):
-        data.probe(tmp_path / "b.mp4", 16)
+        media.probe(tmp_path / "b.mp4", 16)
 
 
 def test_windows_follow_one_another(tmp_path):
-    data.write_video(tmp_path / "a.mp4", counting(23), 16)
-    windows = [indices(window) for window in data.read_windows(tmp_path / "a.mp4", (32, 32), 16, 5)]
+    media.write_video(tmp_path / "a.mp4", counting(23), 16)
+    windows = [indices(window) for window in media.read_windows(tmp_path / "a.mp4", (32, 32), 16, 5)]
     assert windows == [list(range(start, start + 5)) for start in (0, 5, 10, 15)]
-    assert list(data.read_windows(tmp_path / "a.mp4", (32, 32), 16, 25)) == []
+    assert list(media.read_windows(tmp_path / "a.mp4", (32, 32), 16, 25)) == []
 
 
 def test_survey_sorts_clips(tmp_path):
-    data.write_video(tmp_path / "long.mp4", torch.zeros(3, 23, 32, 64), 16)
-    data.write_video(tmp_path / "short.mp4", torch.zeros(3, 4, 32, 32), 16)
+    media.write_video(tmp_path / "long.mp4", torch.zeros(3, 23, 32, 64), 16)
+    media.write_video(tmp_path / "short.mp4", torch.zeros(3, 4, 32, 32), 16)
     (tmp_path / "broken.mp4").write_text("no video")
-    clips = [data.Clip(tmp_path / f"{name}.mp4", "a ball") for name in ("broken", "gone", "long", "short")]
-    clips.append(data.Clip(tmp_path / "long.mp4", ""))
-    sources, skipped = data.survey(clips, (64, 64), 5, 16)
+    clips = [dataset.Clip(tmp_path / f"{name}.mp4", "a ball") for name in ("broken", "gone", "long", "short")]
+    clips.append(dataset.Clip(tmp_path / "long.mp4", ""))
+    sources, skipped = dataset.survey(clips, (64, 64), 5, 16)
     assert sources == [(clips[2], (80, 48), 4)]
-    assert data.survey(clips, (64, 64), 5, 16, buckets=False)[0] == [(clips[2], (64, 64), 4)]
+    assert dataset.survey(clips, (64, 64), 5, 16, buckets=False)[0] == [(clips[2], (64, 64), 4)]
     assert [(path.name, reason.partition(":")[0]) for path, reason in skipped] == [
         ("broken.mp4", skipped[0].reason.partition(":")[0]), ("gone.mp4", "no such file"), ("short.mp4", "too short"),
         ("long.mp4", "no caption"),
@@ -361,25 +361,26 @@ def test_survey_sorts_clips(tmp_path):
 
 @pytest.mark.parametrize("size", [(832, 480), (64, 64), (1280, 720)])
 def test_buckets_keep_area_and_shape(size):
-    assert data.bucket(*size, size) == size and data.bucket(2 * size[0], 2 * size[1], size) == size
-    shapes = {data.bucket(w, h, size) for w in range(100, 2000, 90) for h in range(100, 2000, 90)}
+    assert dataset.bucket(*size, size) == size and dataset.bucket(2 * size[0], 2 * size[1], size) == size
+    shapes = {dataset.bucket(w, h, size) for w in range(100, 2000, 90) for h in range(100, 2000, 90)}
     assert len(shapes) < 25 and all(W % 16 == H % 16 == 0 for W, H in shapes)
     if size == (64, 64):
         return
     for w, h in ((1920, 1080), (1080, 1920), (640, 480), (500, 500), (1000, 2000)):
-        W, H = data.bucket(w, h, size)
+        W, H = dataset.bucket(w, h, size)
         assert abs(W * H / (size[0] * size[1]) - 1) < 0.06
         assert abs(np.log((W / H) / (w / h))) < np.log(4 / 3) / 2 + 0.05
 
 
 def test_batches_are_of_one_bucket_and_show_all_equally_often():
     buckets = [[0, 1, 2, 3, 4], [5, 6], [7]]
-    batches = [data.batch_of(step, 3, buckets, seed=1) for step in range(80)]
+    batches = [dataset.batch_of(step, 3, buckets, seed=1) for step in range(80)]
     assert all(any(set(batch) <= set(members) for members in buckets) for batch in batches)
     shown = [window for batch in batches for window in batch]
     assert {shown.count(window) for window in range(8)} == {30}
-    assert data.batch_of(37, 3, buckets, seed=1) == batches[37] and data.batch_of(37, 3, buckets, seed=2) != batches[37]
-    assert len({tuple(data.batch_of(step, 6, [list(range(6))], 0)) for step in range(9)}) > 5, "epochs in new orders"
+    assert dataset.batch_of(37, 3, buckets, seed=1) == batches[37]
+    assert dataset.batch_of(37, 3, buckets, seed=2) != batches[37]
+    assert len({tuple(dataset.batch_of(step, 6, [list(range(6))], 0)) for step in range(9)}) > 5, "epochs in new orders"
 
 
 # Filmstrips
@@ -387,21 +388,21 @@ def test_batches_are_of_one_bucket_and_show_all_equally_often():
 
 def test_filmstrip(tmp_path):
     black = torch.full((3, 33, 32, 48), -1.0)
-    plain = data.filmstrip([("a row", black)])
-    marked = data.filmstrip([("a row", black), ("another", black[:, :5])], marks=[[i < 17 for i in range(33)], None])
+    plain = media.filmstrip([("a row", black)])
+    marked = media.filmstrip([("a row", black), ("another", black[:, :5])], marks=[[i < 17 for i in range(33)], None])
     assert marked.height > 2 * plain.height - 30 and plain.height > 96
     assert 12 * 144 < plain.width < 12 * 144 + 300  # twelve frames of 144 × 96
     middle = np.asarray(marked)[6 + 48]  # a line of pixels through the first row of frames
-    given = np.flatnonzero((middle == data.GIVEN).all(-1))
-    generated = np.flatnonzero((middle == data.GENERATED).all(-1))
+    given = np.flatnonzero((middle == media.GIVEN).all(-1))
+    generated = np.flatnonzero((middle == media.GENERATED).all(-1))
     assert len(given) == len(generated) == 6 * 2 * 3  # six frames, left and right, three pixels wide
     assert given.max() < generated.min()
-    assert not any((np.asarray(plain) == colour).all(-1).any() for colour in (data.GIVEN, data.GENERATED))
+    assert not any((np.asarray(plain) == colour).all(-1).any() for colour in (media.GIVEN, media.GENERATED))
 
 
 def test_filmstrip_shows_first_and_last():
     video = counting(16)
-    strip = np.asarray(data.filmstrip([("", video)], columns=4))
+    strip = np.asarray(media.filmstrip([("", video)], columns=4))
     levels = [((video[0, index, 0, 0] + 1) * 127.5).round().item() for index in (0, 5, 10, 15)]
     line = strip[6 + 48, :, 0].tolist()
     assert [line.count(level) for level in levels] == [96] * 4

@@ -17,10 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import checkpoint
-import cli
-import data
-import text
+from support import cli, dataset, media
+from wan import checkpoint, text
 
 
 class Kept(Sequence):
@@ -41,7 +39,7 @@ class Kept(Sequence):
             return file.get_tensor("tensor") if row is None else file.get_slice("tensor")[row]
 
 
-def latent_keys(sources: Sequence[data.Source], frames: int, fps: float, encoder_name: str) -> list[str]:
+def latent_keys(sources: Sequence[dataset.Source], frames: int, fps: float, encoder_name: str) -> list[str]:
     """What names the latents of each clip: its content, size and cut, and the encoder, but not its file name."""
     keys = []
     for source in sources:
@@ -54,13 +52,13 @@ def latent_keys(sources: Sequence[data.Source], frames: int, fps: float, encoder
 
 
 def latents(
-    sources: Sequence[data.Source],
+    sources: Sequence[dataset.Source],
     keys: Sequence[str],
     frames: int,
     fps: float,
     encode: Callable[[Tensor], Tensor],
     folder: Path | str,
-) -> tuple[list[Kept | None], list[data.Skipped]]:
+) -> tuple[list[Kept | None], list[dataset.Skipped]]:
     """Of each clip the latents of its windows, each (16, F, H, W) in fp32; those not yet in `folder` are encoded.
 
     `encode` maps one window (1, 3, N, H, W) to (1, 16, F, H, W). A clip that turns out to be damaged or shorter than it
@@ -68,14 +66,14 @@ def latents(
     """
     skipped = []
 
-    def windows(source: data.Source) -> Tensor | None:
+    def windows(source: dataset.Source) -> Tensor | None:
         try:
-            pieces = data.read_windows(source.clip.path, source.size, fps, frames)
+            pieces = media.read_windows(source.clip.path, source.size, fps, frames)
             encoded = [encode(piece[None])[0].float().cpu() for piece in pieces]
             if not encoded:
                 raise ValueError(f"too short: fewer than {frames} frames at {fps:g} fps")
         except ValueError as error:
-            skipped.append(data.skipped(source.clip, error))
+            skipped.append(dataset.skipped(source.clip, error))
             return None
         return torch.stack(encoded)
 

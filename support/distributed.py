@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import cli
+from support import cli
 
 
 def size() -> int:

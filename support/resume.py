@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import cli
-import distributed
+from support import cli, distributed
 
 
 def newest_state(out: Path | str) -> Path | None:

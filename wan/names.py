@@ -9,7 +9,7 @@ a list of substitutions for one part of the model:
 import re
 from collections.abc import Callable
 
-from vae import VAEConfig
+from wan.vae import VAEConfig
 
 Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 

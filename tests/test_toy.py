@@ -9,14 +9,13 @@ import torch
 from diffusers import WanPipeline
 from small import call
 
-import checkpoint
-import data
 import flow
 import lora
 import sample
-import tiny
-import world
 from sample import SampleConfig
+from support import media
+from toy import grow, judge, world
+from wan import checkpoint
 
 MODEL = Path("checkpoints/tiny")
 LORA = MODEL / "lora.safetensors"
@@ -54,13 +53,13 @@ def test_it_is_small_and_nothing_in_it_is_code():
 
 
 def test_it_is_what_tiny_py_makes():
-    assert checkpoint.load_config(MODEL) == tiny.TRANSFORMER
+    assert checkpoint.load_config(MODEL) == grow.TRANSFORMER
     encoder = checkpoint.load_text_encoder(MODEL).config
-    assert encoder == dataclasses.replace(tiny.ENCODER, vocab_size=encoder.vocab_size)
-    assert checkpoint.load_preset(MODEL) == tiny.PRESET
+    assert encoder == dataclasses.replace(grow.ENCODER, vocab_size=encoder.vocab_size)
+    assert checkpoint.load_preset(MODEL) == grow.PRESET
     vae = checkpoint.load_vae(MODEL).config
     measured = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
-    assert vae == dataclasses.replace(tiny.VAE, **measured)
+    assert vae == dataclasses.replace(grow.VAE, **measured)
     assert all(0.1 < std < 10 for std in vae.latents_std)
 
 
@@ -68,7 +67,7 @@ def test_it_knows_every_word_of_the_world():
     tokenizer = checkpoint.load_tokenizer(MODEL)
     ids, mask = tokenizer([scene.caption for scene in world.scenes(200, seed=3, unseen=True, pairs=0.5)])
     assert not (ids == tokenizer.tokenizer.token_to_id("<unk>")).any()
-    assert (mask.sum(1) < tiny.TRANSFORMER.text_len).all(), "no caption is cut"
+    assert (mask.sum(1) < grow.TRANSFORMER.text_len).all(), "no caption is cut"
 
 
 # The same in diffusers.
@@ -87,7 +86,7 @@ def test_diffusers_makes_the_same_video(pipe):
     x1 = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
     frames = pipe(
         prompt=config.prompt, negative_prompt=config.negative_prompt, guidance_scale=3.0, num_inference_steps=4,
-        height=64, width=64, num_frames=17, latents=x1, max_sequence_length=tiny.TRANSFORMER.text_len, output_type="np",
+        height=64, width=64, num_frames=17, latents=x1, max_sequence_length=grow.TRANSFORMER.text_len, output_type="np",
     ).frames  # fmt: skip
     theirs = torch.from_numpy(frames).permute(0, 4, 1, 2, 3)  # (1, N, H, W, 3) → (1, 3, N, H, W)
     assert video.std() > 0.1
@@ -113,34 +112,34 @@ def test_diffusers_reads_the_lora_as_we_do(pipe, pusa):
     assert error < 1e-3 * adapted.abs().max() and error < 0.01 * (adapted - base).abs().max()
 
 
-# How good it is, loosely: `python tiny.py --evaluate` measures it.
+# How good it is, loosely: `python -m toy.judge` measures it.
 
 
 @torch.no_grad()
 def test_prompts_are_followed(pusa, truth):
-    videos = tiny.generate(pusa, SCENES, truth, "t2v")
-    assert sum(map(tiny.as_prompted, SCENES, videos)) >= len(SCENES) - 1
+    videos = judge.generate(pusa, SCENES, truth, "t2v")
+    assert sum(map(judge.as_prompted, SCENES, videos)) >= len(SCENES) - 1
 
 
 @torch.no_grad()
 def test_two_shapes_get_their_own_words_more_often_than_by_chance(pusa):
     scenes = list(world.scenes(12, seed=12, unseen=True, pairs=1.0))
-    videos = tiny.generate(pusa, scenes, torch.stack([world.render(scene) for scene in scenes]), "t2v")
+    videos = judge.generate(pusa, scenes, torch.stack([world.render(scene) for scene in scenes]), "t2v")
     # Eight as measured; a model that mixes the words up has one.
-    assert sum(map(tiny.as_prompted, scenes, videos)) >= 6
+    assert sum(map(judge.as_prompted, scenes, videos)) >= 6
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "given"), [("i2v", 1), ("extend", 13)])
 def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, pusa, truth):
-    videos = tiny.generate(pusa, SCENES, truth, name)
+    videos = judge.generate(pusa, SCENES, truth, name)
     for video, clip in zip(videos, truth, strict=True):
-        assert tiny.psnr(video[:, :given], clip[:, :given]) > 28
-    assert sum(map(tiny.held_to_the_end, SCENES, videos)) >= len(SCENES) - 1
+        assert judge.psnr(video[:, :given], clip[:, :given]) > 28
+    assert sum(map(judge.held_to_the_end, SCENES, videos)) >= len(SCENES) - 1
     if name == "extend":
         frames = range(given, world.FRAMES)
         errors = [
-            e for scene, video in zip(SCENES, videos, strict=True) for e in tiny.centroid_errors(scene, video, frames)
+            e for scene, video in zip(SCENES, videos, strict=True) for e in judge.centroid_errors(scene, video, frames)
         ]
         assert statistics.median(errors) <= 3
 
@@ -166,19 +165,19 @@ def test_the_lora_has_learned_a_noise_level_for_every_frame(pusa, truth):
 def test_it_is_what_sample_py_runs_without_flags(tmp_path):
     result = call(sample, "--out", tmp_path / "a.mp4")
     assert result.status == 0, result.err
-    assert data.read_video(tmp_path / "a.mp4").shape == (3, world.FRAMES, world.SIDE, world.SIDE)
+    assert media.read_video(tmp_path / "a.mp4").shape == (3, world.FRAMES, world.SIDE, world.SIDE)
 
 
 @pytest.mark.slow
 def test_one_command_grows_a_model_from_nothing_and_does_nothing_twice(tmp_path):
     out, flags = tmp_path / "out", ["--clips", 20, "--vae-steps", 2, "--base-steps", 2, "--lora-steps", 2]
-    grown = call(tiny, *flags, "--work", tmp_path / "work", "--out", out)
+    grown = call(grow, *flags, "--work", tmp_path / "work", "--out", out)
     assert grown.status == 0, grown.err
     pipeline = checkpoint.load_pipeline(out)
     matrices = lora.load(out / "lora.safetensors")
     lora.merge(pipeline.transformer, matrices, pipeline.preset.strength)
     assert {part.dtype for pair in matrices.values() for part in pair[:2]} == {torch.bfloat16}
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    again = call(tiny, *flags, "--work", tmp_path / "work", "--out", out)
+    again = call(grow, *flags, "--work", tmp_path / "work", "--out", out)
     assert again.status == 0 and "training" not in again.err + again.out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -1,0 +1,1 @@
+"""The embedded model: its toy world, how it is grown, and how it is judged."""

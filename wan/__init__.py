@@ -1,0 +1,1 @@
+"""What Wan and its community publish: the parts of a model, their files, and their names."""
