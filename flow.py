@@ -96,8 +96,20 @@ def sigma_schedule(K: int, shift: float) -> Tensor:
     return shifted(1 - torch.arange(K + 1, dtype=torch.float64) / K, shift).float()
 
 
-# The state to start from is no function of its own: it is `interpolate(x0, x1, taus[:1])`, with conditions in x0. Free
-# frames have τ = 1 there and are pure x1; a condition with multiplier m > 0 is mixed with the x1 of its own place.
+def denoise(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    x1: Tensor,
+    taus: Tensor,
+    on_step: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Start on every frame's path at taus[0] and walk to taus[-1]: x0 (B,C,F,H,W) holds the conditions, x1 the noise.
+
+    Free frames have τ = 1 at first and are pure x1; a condition with m > 0 is mixed with the x1 of its own place.
+    """
+    return euler(velocity, interpolate(x0, x1, taus[:1].to(x1.device)), taus, on_step)
+
+
 def euler(
     velocity: Callable[[Tensor, Tensor], Tensor],
     z: Tensor,

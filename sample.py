@@ -37,7 +37,8 @@ import flow
 import lora
 import tasks
 from model import Wan
-from support import cache, cli, cost, dataset, media
+from support import cache, cli, cost, dataset, media, plots
+from support.offload import offload
 from wan import checkpoint, text
 from wan.vae import WanVAE
 
@@ -282,7 +283,7 @@ def load_expert(config: SampleConfig, expert: str = "high") -> Wan:
     if config.compile:
         transformer.compile_blocks()
     if config.offload:
-        transformer.offload(config.device)
+        offload(transformer, config.device)
     return transformer
 
 
@@ -561,7 +562,8 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     media.write_video(files["video"], video, config.fps)
     media.save_image(files["filmstrip"], media.filmstrip([(title, video)], marks=[given_frames(job)]))
     if config.plot:
-        media.save_image(files["tau"], tasks.picture(job.taus[0], job.plans[0].given, config.task))
+        marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
+        plots.tau_table(files["tau"], job.taus[0], marks, config.task)
         rows = [(f"after step {k}", decode(vae, z)) for k, z in states.items()]
         media.save_image(files["denoising"], media.filmstrip(rows, height=48))
     _record(dataclasses.replace(config, out=str(files["video"]), overwrite=False), files["settings"])

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flow import shifted
-from support.cli import option, parse, replacing, run
+from support import plots
+from support.cli import option, parse, run
 
 
 @dataclass(frozen=True)
@@ -204,56 +204,6 @@ def table(taus: Tensor) -> str:
     return "\n".join(["step |" + "".join(f"{i:>5}" for i in range(taus.shape[1])), *rows])
 
 
-def picture(taus: Tensor, given: Sequence[Slot] = (), title: str = "") -> Image.Image:
-    """τ (K+1,F) as a heat map, steps down and frames across, with the conditions marked under their frames."""
-    K1, F = taus.shape
-    width, height = max(18, min(60, 900 // F)), max(8, min(30, 480 // K1))
-    left, top, right, bottom = 64, 62, 110, 76
-    small, large = ImageFont.load_default(13), ImageFont.load_default(20)
-    across = left + max(F * width + right, round(large.getlength(title)) + 16)
-    image = Image.new("RGB", (across, top + K1 * height + bottom), "white")
-    draw = ImageDraw.Draw(image)
-    x = [left + i * width for i in range(F + 1)]
-    y = [top + k * height for k in range(K1 + 1)]
-
-    def write(position: tuple[float, float], text: str, anchor: str, colour: str = "#555555", font=small) -> None:
-        draw.text(position, text, colour, font, anchor)
-
-    write((left, 14), title, "la", "#222222", large)
-    write((left, top - 6), "noise level of each latent frame, step by step", "ld")
-    for k, row in enumerate(taus.tolist()):
-        for i, tau in enumerate(row):
-            draw.rectangle((x[i], y[k], x[i + 1] - 2, y[k + 1] - 2), _colour(tau))
-            if width >= 36 and height >= 16:
-                middle = ((x[i] + x[i + 1]) / 2 - 1, (y[k] + y[k + 1]) / 2 - 1)
-                write(middle, f"{tau:.2f}" if tau else "0", "mm", "white" if tau > 0.4 else "#333333")
-    stride = -(-16 // height)  # labels where there is room for them
-    for k in range(0, K1, stride):
-        write((left - 8, (y[k] + y[k + 1]) / 2 - 1), str(k), "rm")
-    for i in range(0, F, 1 if width >= 20 else 2):
-        write(((x[i] + x[i + 1]) / 2 - 1, y[-1] + 6), str(i), "ma")
-    write((8, y[0] + height / 2), "step", "lm")
-    write((8, y[-1] + 6), "frame", "la")
-    write((8, y[-1] + 30), "given" if given else "", "la")
-    for slot in given:
-        first, last = x[slot.positions[0]], x[slot.positions[-1] + 1] - 2
-        draw.rectangle((first, y[-1] + 27, last, y[-1] + 47), "#1b998b")
-        if last - first >= 34:
-            write(((first + last) / 2, y[-1] + 37), slot.source, "mm", "white")
-    for row in range(y[0], y[-1] - 1):  # the colour bar, 1 on top
-        draw.line((x[-1] + 24, row, x[-1] + 40, row), _colour(1 - (row - y[0]) / (y[-1] - 2 - y[0])))
-    write((x[-1] + 48, y[0]), "1 noise", "la")
-    write((x[-1] + 48, y[-1] - 2), "0 data", "ld")
-    return image
-
-
-def _colour(tau: float) -> tuple[int, ...]:
-    """From cream (data) through coral to indigo (noise)."""
-    cream, coral, indigo = (255, 244, 222), (232, 106, 92), (44, 30, 84)
-    low, high, share = (cream, coral, 2 * tau) if tau < 0.5 else (coral, indigo, 2 * tau - 1)
-    return tuple(round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
-
-
 def _slot(source: str, index: int, position: int, count: int) -> Slot:
     """A slot of `count` latents from `position` on. Past the start they need a latent before them: see `cut`."""
     drop = int(position > 0)
@@ -303,8 +253,8 @@ def main() -> None:
     for name, task in TASKS.items():
         m, d, given = plan(name, F, at=(0, F // 2, F - 1) if name == "keyframes" else ())
         taus = tau_schedule(m, config.steps, config.shift, d)
-        with replacing(Path(config.out) / f"{name}.png") as path:
-            picture(taus, given, f"{name}: {task.given}").save(path)
+        marks = [(slot.source, slot.positions) for slot in given]
+        plots.tau_table(Path(config.out) / f"{name}.png", taus, marks, f"{name}: {task.given}")
         print(f"{name}: {task.given}\n\n{table(taus)}\n")
     print(f"pictures: {config.out}")
 

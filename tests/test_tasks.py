@@ -11,6 +11,7 @@ from small import call
 
 import flow
 import tasks
+from support import plots
 from tasks import Slot, cut, plan, tau_schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "sampler.safetensors"
@@ -145,14 +146,14 @@ def test_table_is_aligned_and_shows_clean_frames():
 
 
 @pytest.mark.parametrize("F, K", [(1, 1), (9, 10), (21, 50), (61, 4)])
-def test_picture(F, K):
+def test_picture(F, K, tmp_path):
     m = torch.ones(F)
     m[0] = 0
-    given = [Slot("image", 0, (0,), 1, 0)]
-    image = tasks.picture(tau_schedule(m, K, 5.0), given, "i2v: the first image")
+    plots.tau_table(tmp_path / "a.png", tau_schedule(m, K, 5.0), [("image", (0,))], "i2v: the first image")
+    image = Image.open(tmp_path / "a.png")
     assert image.mode == "RGB" and max(image.size) < 1600
     colours = {colour for _, colour in image.getcolors(1 << 24)}
-    assert tasks._colour(0.0) in colours and (tasks._colour(1.0) in colours or F == 1)
+    assert plots._colour(0.0) in colours and (plots._colour(1.0) in colours or F == 1)
     assert (27, 153, 139) in colours  # the mark of what was given
 
 

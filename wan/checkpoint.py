@@ -99,6 +99,56 @@ class Pipeline:
     transformer_2: Wan | None = None  # Wan2.2's low-noise expert; `transformer` is then the high-noise one
 
 
+class Opened:
+    """A model that is found and known: its config and preset, and its parts, each loaded when it is asked for."""
+
+    def __init__(self, name: str | Path, network: type[nn.Module]):
+        self.name = str(name)
+        self.folder = _folder(find_model(name, parts=()))
+        self.config, self.preset, self.two_experts = load_config(name), load_preset(name), has_two_experts(name)
+
+    def fetch(self) -> None:
+        """Download the weights of all parts that are not here yet, before any work is done."""
+        find_model(self.name)
+
+    def transformer(self, dtype: torch.dtype | None = None, device: str = "cpu", expert: str = "high") -> Wan:
+        return load_transformer(self.name, dtype, device, expert)
+
+    def vae(self, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> WanVAE:
+        return load_vae(self.name, dtype, device)
+
+    def text_encoder(self, dtype: torch.dtype | None = None, device: str = "cpu") -> UMT5Encoder:
+        return load_text_encoder(self.name, dtype, device)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.name)
+
+    def outline(self) -> tuple[Wan, WanVAE, UMT5Encoder]:
+        """Transformer, VAE and text encoder without memory, to be measured."""
+        return outline(self.name)
+
+    def encode_prompts(
+        self, prompts: Iterable[str], dtype: torch.dtype, device: str, cache_folder: str | Path
+    ) -> Callable[[list[str]], Tensor]:
+        """A function from some of these prompts to their embeddings (B, text_len, text_dim), on the CPU.
+
+        Each prompt is encoded once ever and kept in `cache_folder`; the encoder is loaded only for one that is not
+        there, and gone when this returns.
+        """
+        from support import cache
+        from wan.text import padded
+
+        prompts = list(dict.fromkeys(prompts))
+        stored = cache.prompts(self.name, prompts, dtype, device, cache_folder)
+        index = {prompt: i for i, prompt in enumerate(prompts)}
+        return lambda texts: padded([stored[index[prompt]] for prompt in texts], self.config.text_len)
+
+
+def open(name: str | Path, network: type[nn.Module]) -> Opened:
+    """Find or download a model, and decide its layout, once. network: the transformer's class, `model.Wan`."""
+    return Opened(name, network)
+
+
 def load_preset(model: str | Path) -> Preset:
     """What the folder's `sampling.json` says, and for what it leaves out, the published settings of such a model."""
     model = find_model(model, parts=())
@@ -243,7 +293,7 @@ def text_fingerprint(model: str | Path) -> str:
     for path in (_need(model, name) for name in _weight_files(model, "text_encoder")):
         size = path.stat().st_size
         digest.update(str(size).encode())
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for page in range(64):
                 file.seek(page * size // 64)
                 digest.update(file.read(4096))

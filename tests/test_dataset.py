@@ -1,0 +1,167 @@
+"""Clips and captions: captions are found, and what can be trained on is told from what cannot."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_media import moving
+
+from support import dataset, media
+
+# Captions
+
+
+def empty_media(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+
+def found(folder) -> dict[str, str]:
+    return {clip.path.relative_to(folder).as_posix(): clip.caption for clip in dataset.find_clips(folder)}
+
+
+def test_captions_beside_the_clips(tmp_path):
+    empty_media(tmp_path, "b.MP4", "a.gif", "train/c.png", "README.md", ".hidden.mp4")
+    for name in ("a", "b", "train/c"):
+        (tmp_path / f"{name}.txt").write_text(f" caption of\n{name}\n", encoding="utf-8")
+    assert list(found(tmp_path).items()) == [
+        ("a.gif", "caption of a"), ("b.MP4", "caption of b"), ("train/c.png", "caption of train/c")
+    ]  # fmt: skip
+
+
+def test_captions_in_csv(tmp_path):
+    empty_media(tmp_path, "train/b.mp4", "a.mp4", "unlisted.mp4")
+    (tmp_path / "metadata.csv").write_text(
+        'file_name,text\nb.mp4,"a red, round ball"\na.mp4,ein Öl\n', encoding="utf-8-sig"
+    )
+    assert list(found(tmp_path).items()) == [("a.mp4", "ein Öl"), ("train/b.mp4", "a red, round ball")]
+    (tmp_path / "metadata.csv").write_text("prompt,video\nother keys,a.mp4\n")
+    assert found(tmp_path) == {"a.mp4": "other keys"}
+
+
+@pytest.mark.parametrize("name_key", ["file_name", "video_path", "video", "path"])
+@pytest.mark.parametrize("text_key", ["text", "caption", "prompt"])
+def test_captions_in_jsonl(tmp_path, name_key, text_key):
+    empty_media(tmp_path, "a.mp4", "train/b.mp4")
+    rows = [{name_key: "b.mp4", text_key: "two", "seed": 3}, {name_key: "a.mp4", text_key: "one"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4,not this one\n")
+    (tmp_path / "a.txt").write_text("nor this one")
+    assert found(tmp_path) == {"a.mp4": "one", "train/b.mp4": "two"}
+
+
+def test_a_listed_clip_may_have_its_caption_beside_it(tmp_path):
+    empty_media(tmp_path, "a.mp4")
+    (tmp_path / "metadata.csv").write_text("file_name\na.mp4\n")
+    (tmp_path / "a.txt").write_text("beside")
+    assert found(tmp_path) == {"a.mp4": "beside"}
+
+
+def test_caption_errors(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder: expected one with clips"):
+        dataset.find_clips(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no clips"):
+        dataset.find_clips(tmp_path)
+    (tmp_path / "metadata.csv").write_text("clip,text\na.mp4,a ball\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 2 names no clip: got clip, text, expected file_name"):
+        dataset.find_clips(tmp_path)
+    for line in ("{broken", "[1]", '{"text": "a ball"}'):
+        (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "one"}\n' + line)
+        with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2 names no clip: got .*, expected file_name"):
+            dataset.find_clips(tmp_path)
+
+
+def test_captions_line_by_line(tmp_path):
+    empty_media(tmp_path, "a.mp4", "train/b.mp4")
+    (tmp_path / "videos.txt").write_text("b.mp4\na.mp4\n")
+    with pytest.raises(ValueError, match=r"has videos\.txt and no prompts\.txt"):
+        dataset.find_clips(tmp_path)
+    (tmp_path / "prompt.txt").write_text("two\none\n")
+    assert found(tmp_path) == {"a.mp4": "one", "train/b.mp4": "two"}
+    (tmp_path / "prompt.txt").write_text("two\n")
+    with pytest.raises(ValueError, match=r"videos\.txt has 2 lines and prompt\.txt 1, expected as many"):
+        dataset.find_clips(tmp_path)
+
+
+def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red  circle\n\n   \n a blue square\t\r\na red circle", encoding="utf-8")
+    assert dataset.read_prompts(path) == ["a red circle", "a blue square", "a red circle"]
+    for content in ("", " \n\n"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"prompts.txt is empty, expected a prompt in each line"):
+            dataset.read_prompts(path)
+    with pytest.raises(ValueError, match="cannot read .*none.txt"):
+        dataset.read_prompts(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    "names", [["a.txt"], ["metadata.csv"], ["metadata.jsonl"], ["videos.txt", "prompts.txt"], ["prompts.txt"]]
+)
+def test_text_in_another_encoding_is_told_with_its_file(names, tmp_path):
+    """PowerShell writes UTF-16, Excel what Windows is set to."""
+    (tmp_path / "a.mp4").touch()
+    for name in names:
+        (tmp_path / name).write_bytes("a.mp4\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=f"cannot read .*{names[0]} as UTF-8 .*expected a text file in that encoding"):
+        dataset.read_prompts(tmp_path / "prompts.txt") if names == ["prompts.txt"] else dataset.find_clips(tmp_path)
+
+
+def test_a_clip_without_its_caption_is_missing(tmp_path):
+    captions = ["a", "b", "c"]
+    assert dataset.missing_clips(tmp_path / "new", captions) == [0, 1, 2]
+    for number in (0, 2):
+        dataset.write_clip(tmp_path, number, moving(5), 16, captions[number])
+    assert dataset.missing_clips(tmp_path, captions) == [1]
+    assert found(tmp_path) == {"00000.mp4": "a", "00002.mp4": "c"}
+    (tmp_path / "00000.txt").unlink()
+    (tmp_path / "00002.mp4").unlink()
+    assert dataset.missing_clips(tmp_path, captions) == [0, 1, 2]
+    dataset.write_clip(tmp_path, 1, moving(5), 16, "another")
+    with pytest.raises(ValueError, match="00001.txt has the caption of another clip"):
+        dataset.missing_clips(tmp_path, captions)
+
+
+# What can be trained on
+
+
+@pytest.mark.parametrize("source_fps, N", [(16, 33), (24, 50), (25, 9), (30, 31), (8, 17), (15, 2)])
+    media.write_video(tmp_path / "long.mp4", torch.zeros(3, 23, 32, 64), 16)
+    media.write_video(tmp_path / "short.mp4", torch.zeros(3, 4, 32, 32), 16)
+    (tmp_path / "broken.mp4").write_text("no video")
+    clips = [dataset.Clip(tmp_path / f"{name}.mp4", "a ball") for name in ("broken", "gone", "long", "short")]
+    clips.append(dataset.Clip(tmp_path / "long.mp4", ""))
+    sources, skipped = dataset.survey(clips, (64, 64), 5, 16)
+    assert sources == [(clips[2], (80, 48), 4)]
+    assert dataset.survey(clips, (64, 64), 5, 16, buckets=False)[0] == [(clips[2], (64, 64), 4)]
+    assert [(path.name, reason.partition(":")[0]) for path, reason in skipped] == [
+        ("broken.mp4", skipped[0].reason.partition(":")[0]), ("gone.mp4", "no such file"), ("short.mp4", "too short"),
+        ("long.mp4", "no caption"),
+    ]  # fmt: skip
+    assert skipped[0].reason.startswith("cannot be read as a video") and "4 frames at 16 fps" in skipped[2].reason
+
+
+@pytest.mark.parametrize("size", [(832, 480), (64, 64), (1280, 720)])
+def test_buckets_keep_area_and_shape(size):
+    assert dataset.bucket(*size, size) == size and dataset.bucket(2 * size[0], 2 * size[1], size) == size
+    shapes = {dataset.bucket(w, h, size) for w in range(100, 2000, 90) for h in range(100, 2000, 90)}
+    assert len(shapes) < 25 and all(W % 16 == H % 16 == 0 for W, H in shapes)
+    if size == (64, 64):
+        return
+    for w, h in ((1920, 1080), (1080, 1920), (640, 480), (500, 500), (1000, 2000)):
+        W, H = dataset.bucket(w, h, size)
+        assert abs(W * H / (size[0] * size[1]) - 1) < 0.06
+        assert abs(np.log((W / H) / (w / h))) < np.log(4 / 3) / 2 + 0.05
+
+
+def test_batches_are_of_one_bucket_and_show_all_equally_often():
+    buckets = [[0, 1, 2, 3, 4], [5, 6], [7]]
+    batches = [dataset.batch_of(step, 3, buckets, seed=1) for step in range(80)]
+    assert all(any(set(batch) <= set(members) for members in buckets) for batch in batches)
+    shown = [window for batch in batches for window in batch]
+    assert {shown.count(window) for window in range(8)} == {30}
+    assert dataset.batch_of(37, 3, buckets, seed=1) == batches[37]
+    assert dataset.batch_of(37, 3, buckets, seed=2) != batches[37]
+    assert len({tuple(dataset.batch_of(step, 6, [list(range(6))], 0)) for step in range(9)}) > 5, "epochs in new orders"
