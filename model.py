@@ -144,6 +144,8 @@ class Head(nn.Module):
 
 
 class Wan(nn.Module):
+    config_class = WanConfig
+
     def __init__(self, config: WanConfig):
         super().__init__()
         if config.dim % config.num_heads or (config.dim // config.num_heads) % 2:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -77,6 +78,21 @@ def random_lora(transformer: Wan, seed: int, rank: int = 2) -> lora.LoRA:
             A, B = (torch.randn(n, generator=generator) for n in ((rank, in_features), (out_features, rank)))
             pairs[name] = (A / in_features**0.5, B / 4, None)
     return pairs
+
+
+def opened(path) -> checkpoint.Opened:
+    return checkpoint.open(path, Wan)
+
+
+def load_pipeline(path, dtype: torch.dtype | None = None) -> SimpleNamespace:
+    """All parts of a model, and its preset."""
+    model = opened(path)
+    model.fetch()
+    return SimpleNamespace(
+        transformer=model.transformer(dtype),
+        transformer_2=model.transformer(dtype, expert="low") if model.two_experts else None,
+        vae=model.vae(), text_encoder=model.text_encoder(dtype), tokenizer=model.tokenizer(), preset=model.preset,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -18,27 +18,14 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from small import Code
+from small import Code, load_pipeline, opened
 from transformers import UMT5Config, UMT5EncoderModel
 
 import lora
 from model import Wan, WanConfig
 from support import cli
 from wan import checkpoint
-from wan.checkpoint import (
-    Preset,
-    find_model,
-    has_two_experts,
-    load_config,
-    load_pipeline,
-    load_preset,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-    save_pipeline,
-    save_preset,
-)
+from wan.checkpoint import Preset, save_pipeline, save_preset
 from wan.names import TEXT_NAMES, TRANSFORMER_NAMES, rename, vae_names
 from wan.text import T5Config, UMT5Encoder, train_tokenizer, write_tokenizer
 from wan.vae import VAEConfig, WanVAE
@@ -160,7 +147,7 @@ def transformers_pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     theirs.save_pretrained(folder / "transformer")
     x, context = torch.randn(2, 16, 3, 8, 12), torch.randn(2, 7, 40)
-    return theirs, load_transformer(folder), x, context
+    return theirs, opened(folder).transformer(), x, context
 
 
 @torch.no_grad()
@@ -202,7 +189,7 @@ def test_vae_agrees_with_diffusers(tmp_path, dim_mult, temporal, blocks, patch):
         out_channels=channels,
     )
     scramble(theirs, scale=0.05).save_pretrained(tmp_path / "vae")
-    ours = load_vae(tmp_path)
+    ours = opened(tmp_path).vae()
     assert ours.config.patch_size == patch and ours.config.num_res_blocks == blocks
     video = torch.rand(1, 3, 9, 16, 24) * 2 - 1
     mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (ours.config.latents_mean, ours.config.latents_std))
@@ -219,7 +206,7 @@ def test_text_encoder_agrees_with_transformers(tmp_path):
     config = UMT5Config(vocab_size=50, d_model=24, d_kv=6, d_ff=40, num_heads=4, num_layers=3)
     theirs = scramble(UMT5EncoderModel(config))
     theirs.save_pretrained(tmp_path / "text_encoder")
-    ours = load_text_encoder(tmp_path)
+    ours = opened(tmp_path).text_encoder()
     ids = torch.randint(3, 50, (2, 40))
     mask = torch.arange(40) < torch.tensor([[40], [9]])
     close(ours(ids, mask), theirs(ids, mask.long()).last_hidden_state * mask[:, :, None])
@@ -229,7 +216,7 @@ def test_token_embedding_may_have_either_of_its_names(copied, small):
     path = copied / "text_encoder" / "model.safetensors"
     state = load_file(path)
     save_file({name.replace("shared.", "encoder.embed_tokens."): state[name] for name in state}, path)
-    equal(load_text_encoder(copied), small.text_encoder)
+    equal(opened(copied).text_encoder(), small.text_encoder)
 
 
 def test_names_are_one_to_one():
@@ -263,22 +250,22 @@ def test_pipeline_comes_back_as_it_was_written(small):
 def test_types_are_chosen_on_writing_and_on_reading(tmp_path):
     written = parts()
     save_pipeline(tmp_path, **written, dtype={"vae": torch.float16, "text_encoder": torch.bfloat16})
-    assert load_vae(tmp_path).conv1.weight.dtype == torch.float32
-    assert load_vae(tmp_path, None).conv1.weight.dtype == torch.float16
-    assert load_text_encoder(tmp_path).norm.weight.dtype == torch.bfloat16
+    assert opened(tmp_path).vae().conv1.weight.dtype == torch.float32
+    assert opened(tmp_path).vae(None).conv1.weight.dtype == torch.float16
+    assert opened(tmp_path).text_encoder().norm.weight.dtype == torch.bfloat16
     assert load_pipeline(tmp_path, torch.float32).text_encoder.norm.weight.dtype == torch.float32
-    torch.testing.assert_close(load_vae(tmp_path).conv1.weight, written["vae"].conv1.weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(opened(tmp_path).vae().conv1.weight, written["vae"].conv1.weight, atol=1e-3, rtol=1e-3)
 
 
 def test_parts_can_be_written_one_by_one(small, tmp_path):
     save_pipeline(tmp_path, vae=small.vae)
-    equal(load_vae(tmp_path), small.vae)
+    equal(opened(tmp_path).vae(), small.vae)
     with pytest.raises(ValueError, match="has no transformer/config.json"):
         load_pipeline(tmp_path)
     save_pipeline(tmp_path, transformer=small.transformer, text_encoder=small.text_encoder, tokenizer=small.tokenizer)
     equal(load_pipeline(tmp_path).vae, small.vae)
     # A tokenizer that was loaded can be written too, with its own length.
-    save_pipeline(tmp_path, tokenizer=load_tokenizer(small.folder))
+    save_pipeline(tmp_path, tokenizer=opened(small.folder).tokenizer())
     written = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
     assert written == (small.folder / "tokenizer" / "tokenizer.json").read_text()
     with pytest.raises(ValueError, match="dtype for"):
@@ -286,11 +273,11 @@ def test_parts_can_be_written_one_by_one(small, tmp_path):
 
 
 def test_a_loaded_model_can_be_written_over_its_own_files(copied, small):
-    transformer = load_transformer(copied)
+    transformer = opened(copied).transformer()
     with torch.no_grad():
         transformer.patch_embedding.bias += 1
     save_pipeline(copied, transformer=transformer)
-    equal(load_transformer(copied), transformer)
+    equal(opened(copied).transformer(), transformer)
 
 
 def test_nothing_but_the_standard_files_is_written(small):
@@ -311,8 +298,8 @@ def test_nothing_but_the_standard_files_is_written(small):
 
 def test_loading_a_folder_is_quick(small):
     """What takes a second to import must not be: the hub's client, and the compiler behind drawing without memory."""
-    load = f"checkpoint.load_pipeline({str(small.folder)!r})"
-    script = f"import sys; from wan import checkpoint; {load}; print(*sys.modules)"
+    load = f"m = checkpoint.open({str(small.folder)!r}, Wan); m.transformer(), m.vae(), m.text_encoder(), m.tokenizer()"
+    script = f"import sys; from model import Wan; from wan import checkpoint; {load}; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     slow = {"huggingface_hub", "torch._dynamo", "diffusers", "transformers"}
     assert slow.isdisjoint(run.stdout.split()), slow.intersection(run.stdout.split())
@@ -391,7 +378,7 @@ def test_original_folder_holds_the_same_model(original, small):
     published = VAEConfig()  # the file has no statistics of the latents: they are constants
     means = {"latents_mean": published.latents_mean, "latents_std": published.latents_std}
     assert loaded.vae.config == replace(VAE, **means)
-    assert torch.equal(loaded.tokenizer(PROMPTS)[0], load_tokenizer(small.folder)(PROMPTS)[0])
+    assert torch.equal(loaded.tokenizer(PROMPTS)[0], opened(small.folder).tokenizer()(PROMPTS)[0])
     assert loaded.preset == Preset()
 
 
@@ -402,13 +389,13 @@ def test_original_folder_holds_the_same_model(original, small):
 def test_original_vae_is_measured_by_its_tensors(tmp_path, config):
     (tmp_path / "config.json").write_text("{}")
     torch.save({"model_state": WanVAE(config).state_dict()}, tmp_path / "Wan2.1_VAE.pth")
-    loaded = load_vae(tmp_path).config
+    loaded = opened(tmp_path).vae().config
     assert replace(loaded, latents_mean=config.latents_mean, latents_std=config.latents_std) == config
 
 
 def test_shards_are_found_without_an_index(original, small):
     (original / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    equal(load_transformer(original), small.transformer)
+    equal(opened(original).transformer(), small.transformer)
 
 
 @pytest.mark.parametrize("with_index", [True, False])
@@ -417,7 +404,7 @@ def test_missing_shard_is_named(original, with_index):
         (original / "diffusion_pytorch_model.safetensors.index.json").unlink()
     (original / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="has no diffusion_pytorch_model-00001-of-00002.safetensors") as error:
-        load_transformer(original)
+        opened(original).transformer()
     shard = "diffusion_pytorch_model-00001-of-00002.safetensors"
     assert f"`hf download Wan-AI/Wan2.1-T2V-1.3B {shard} --local-dir {original.as_posix()}`" in str(error.value)
 
@@ -427,7 +414,7 @@ def test_advice_names_the_model_of_the_same_size(original):
     (original / "Wan2.1_VAE.pth").unlink()
     advice = "hf download Wan-AI/Wan2.1-T2V-14B Wan2.1_VAE.pth --local-dir"
     with pytest.raises(ValueError, match=f"has no Wan2.1_VAE.pth.*{advice}"):
-        load_vae(original)
+        opened(original).vae()
 
 
 # Wan2.2: a transformer for high noise, another for low.
@@ -450,10 +437,10 @@ def test_original_folder_of_two_experts(small, other, tmp_path):
     assert loaded.preset == Preset(size=(1280, 720), boundary=0.875, guidance_2=None)
     shard = "diffusion_pytorch_model-00002-of-00002.safetensors"
     (tmp_path / "low_noise_model" / shard).unlink()
-    load_transformer(tmp_path)
+    opened(tmp_path).transformer()
     advice = r'hf download Wan-AI/Wan2.2-T2V-A14B --include "low_noise_model/\*" --local-dir'
     with pytest.raises(ValueError, match=f"has no low_noise_model/{shard}.*{advice}"):
-        load_transformer(tmp_path, expert="low")
+        opened(tmp_path).transformer(expert="low")
 
 
 @torch.no_grad()
@@ -471,15 +458,15 @@ def test_diffusers_folder_of_two_experts(pipe, tmp_path):
         close(ours(x, tau, context), theirs(x, 1000 * tau, context, return_dict=False)[0])
     assert loaded.preset.boundary == 0.9
     ours = loaded.tokenizer(PROMPTS)[0]
-    assert torch.equal(ours, load_tokenizer(Path(pipe.config._name_or_path))(PROMPTS)[0])
+    assert torch.equal(ours, opened(Path(pipe.config._name_or_path)).tokenizer()(PROMPTS)[0])
 
 
 def test_one_transformer_has_no_low_expert(copied, original):
     edit(copied / "model_index.json", transformer_2=[None, None], boundary_ratio=None)  # as diffusers writes Wan2.1
     for folder in (copied, original):
-        assert not has_two_experts(folder) and load_pipeline(folder).transformer_2 is None
+        assert not opened(folder).two_experts and load_pipeline(folder).transformer_2 is None
         with pytest.raises(ValueError, match="has one transformer, expected two"):
-            load_transformer(folder, expert="low")
+            opened(folder).transformer(expert="low")
 
 
 @torch.no_grad()
@@ -510,10 +497,10 @@ def test_single_file_is_measured_by_its_tensors(single, tmp_path, prefix):
     path = tmp_path / "anything.safetensors"
     rest = {"first_stage_model.conv1.weight": torch.zeros(2)} if prefix else {}  # some files hold the VAE as well
     save_file({prefix + name: tensor for name, tensor in single.items()} | rest, path)
-    loaded = load_transformer(path)
-    assert loaded.config == load_config(path) == SINGLE
+    loaded = opened(path).transformer()
+    assert loaded.config == opened(path).config == SINGLE
     assert all(torch.equal(tensor, single[name]) for name, tensor in loaded.state_dict().items())
-    assert load_preset(path) == Preset()
+    assert opened(path).preset == Preset()
 
 
 def test_other_parts_are_beside_a_single_file(small, single, tmp_path):
@@ -530,7 +517,7 @@ def test_other_parts_are_beside_a_single_file(small, single, tmp_path):
     equal(loaded.text_encoder, small.text_encoder)
     assert (loaded.tokenizer.text_len, loaded.preset.steps) == (512, 7)
     shutil.copytree(small.folder, tmp_path / "folder")
-    equal(load_vae(shutil.copy(path, tmp_path / "folder")), small.vae)
+    equal(opened(shutil.copy(path, tmp_path / "folder")).vae(), small.vae)
 
 
 def test_two_experts_as_single_files(small, single, tmp_path):
@@ -541,22 +528,22 @@ def test_two_experts_as_single_files(small, single, tmp_path):
         (tmp_path / f"{expert}_noise_model").mkdir()
         save_file(state, tmp_path / f"{expert}_noise_model" / name)
     loaded = load_pipeline(tmp_path, torch.float32)
-    assert loaded.transformer.config == loaded.transformer_2.config == load_config(tmp_path) == SINGLE
+    assert loaded.transformer.config == loaded.transformer_2.config == opened(tmp_path).config == SINGLE
     assert loaded.preset == Preset(size=(1280, 720))
     for name, tensor in single.items():
         assert torch.equal(loaded.transformer_2.state_dict()[name], -tensor)
         assert (loaded.transformer.state_dict()[name] - tensor).norm() < 0.05 * tensor.norm()
     low_file = tmp_path / "low_noise_model" / "b.safetensors"
     save_file(low | patched(36), low_file)
-    load_transformer(tmp_path)
+    opened(tmp_path).transformer()
     with pytest.raises(ValueError, match="image-conditioned"):
-        load_transformer(tmp_path, expert="low")
+        opened(tmp_path).transformer(expert="low")
     save_file({"x": torch.zeros(2)}, low_file)
     with pytest.raises(ValueError, match="low_noise_model/b.safetensors are not Wan2.1's"):
-        load_transformer(tmp_path, expert="low")
+        opened(tmp_path).transformer(expert="low")
     shutil.copy(low_file, low_file.with_name("c.safetensors"))  # which of the two is meant?
     with pytest.raises(ValueError, match="has no low_noise_model/config.json"):
-        load_transformer(tmp_path, expert="low")
+        opened(tmp_path).transformer(expert="low")
 
 
 def fp8(state, kind=torch.float8_e4m3fn, rows=False):
@@ -578,12 +565,12 @@ def fp8(state, kind=torch.float8_e4m3fn, rows=False):
 def test_fp8_weights_are_multiplied_by_their_scales(single, tmp_path, kind, rows):
     path, stored = tmp_path / "wan.safetensors", fp8(single, kind, rows)
     save_file({"model.diffusion_model." + name: tensor for name, tensor in stored.items()}, path)
-    loaded = load_transformer(path, torch.float32).state_dict()
+    loaded = opened(path).transformer(torch.float32).state_dict()
     for name, tensor in loaded.items():
         scale = stored.get(name.replace("weight", "scale_weight"), torch.tensor(1.0)) if "weight" in name else 1
         assert torch.equal(tensor, stored[name].float() * scale), name
         assert (tensor - single[name]).norm() < (0.05 if kind == torch.float8_e4m3fn else 0.1) * single[name].norm()
-    half = load_transformer(path).state_dict()
+    half = opened(path).transformer().state_dict()
     assert all(torch.equal(half[name], loaded[name].bfloat16()) for name in half), "cast once, from fp32"
 
 
@@ -592,7 +579,7 @@ def test_fp8_without_scales_is_cast(single, tmp_path):
     stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in single.items()}
     save_file(stored, path)
     for dtype in (None, torch.float32):
-        loaded = load_transformer(path, dtype).state_dict()
+        loaded = opened(path).transformer(dtype).state_dict()
         assert all(torch.equal(loaded[name], stored[name].to(dtype or torch.bfloat16)) for name in stored)
 
 
@@ -616,7 +603,7 @@ def test_weights_that_are_quantised_otherwise_are_refused(single, tmp_path, chan
         del stored[scale], stored[weight.replace("weight", "scale_input")]
     save_file(stored, path)
     with pytest.raises(ValueError, match=message):
-        load_transformer(path)
+        opened(path).transformer()
 
 
 def patched(in_dim, out_dim=16):
@@ -649,11 +636,11 @@ def test_files_that_are_no_transformer(small, single, tmp_path):
     for weights in (small.vae.state_dict(), {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 2)}):
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=r"x.safetensors are not Wan2.1's \(no tensor patch_embedding.weight\)"):
-            load_transformer(tmp_path / "x.safetensors")
+            opened(tmp_path / "x.safetensors").transformer()
     narrow = {"patch_embedding.weight": torch.zeros(192, 16, 1, 2, 2)}
     save_file(single | narrow, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="width 192, expected a multiple of 128"):
-        load_config(tmp_path / "x.safetensors")
+        print(opened(tmp_path / "x.safetensors").config)
 
 
 # The published sizes.
@@ -669,11 +656,11 @@ def test_published_models_have_their_sizes(tmp_path, sizes, targets, billions, s
     config = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": heads, "num_layers": layers, "freq_dim": 256, "in_dim": 16}
     config |= {"_class_name": "WanModel", "model_type": "t2v", "eps": 1e-6, "out_dim": 16, "text_len": 512}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_preset(tmp_path) == Preset(
+    assert opened(tmp_path).preset == Preset(
         size=size, frames=81, fps=16.0, steps=30, shift=5.0, guidance=3.0, strength=1.4
     )
     with torch.device("meta"), checkpoint._Undrawn():
-        ours = Wan(load_config(tmp_path))
+        ours = Wan(opened(tmp_path).config)
         theirs = WanTransformer3DModel(num_attention_heads=heads, attention_head_dim=128, num_layers=1, ffn_dim=ffn_dim)
     expected = {
         name.replace("blocks.0.", f"blocks.{i}."): tensor.shape
@@ -701,10 +688,12 @@ def test_loading_takes_the_memory_of_one_model(tmp_path):
         save_file(state, tmp_path / name)
     script = f"""
 import re
-from wan.checkpoint import load_transformer
-load_transformer({str(tmp_path / "small.safetensors")!r})  # what torch takes the first time, whatever the size
+from model import Wan
+from wan import checkpoint
+opened = lambda path: checkpoint.open(path, Wan)
+opened({str(tmp_path / "small.safetensors")!r}).transformer()  # what torch takes the first time, whatever the size
 memory = lambda kind: 1024 * int(re.search(kind + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
-before, model = memory("VmRSS"), load_transformer({str(path)!r})
+before, model = memory("VmRSS"), opened({str(path)!r}).transformer()
 print(memory("VmHWM") - before)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -727,7 +716,7 @@ print(memory("VmHWM") - before)
 def test_other_kinds_of_models_are_refused(copied, changes, found):
     edit(copied / "transformer" / "config.json", **changes)
     with pytest.raises(ValueError, match=f"{found}.*expected a text-to-video"):
-        load_transformer(copied)
+        opened(copied).transformer()
 
 
 @pytest.mark.parametrize(
@@ -743,7 +732,7 @@ def test_other_kinds_of_original_models_are_refused(original, changes, found):
 def test_wan22_vae_is_refused(copied):
     edit(copied / "vae" / "config.json", is_residual=True)
     with pytest.raises(ValueError, match="not a Wan2.1 VAE"):
-        load_vae(copied)
+        opened(copied).vae()
 
 
 def test_weights_that_do_not_fit_are_counted(copied):
@@ -754,7 +743,7 @@ def test_weights_that_do_not_fit_are_counted(copied):
     del state["blocks.1.norm2.weight"], state["blocks.0.scale_shift_table"]
     save_file(state, path)
     with pytest.raises(ValueError) as error:
-        load_transformer(copied)
+        opened(copied).transformer()
     for words in (
         "2 are missing (first: blocks.0.scale_shift_table)",
         "1 are unknown (first: img_emb.proj.0.weight)",
@@ -807,7 +796,7 @@ def test_pickled_code_is_never_run(original, name, zipped):
 def test_pickles_of_something_else(original, content):
     torch.save(content, original / "Wan2.1_VAE.pth")
     with pytest.raises(ValueError, match="not Wan2.1's|cannot read .*Wan2.1_VAE.pth"):
-        load_vae(original)
+        opened(original).vae()
 
 
 ORIGINAL_FILES = (
@@ -839,10 +828,10 @@ def test_two_files_in_each_others_place(original):
     weights = vae.read_bytes()
     vae.write_bytes(text.read_bytes())
     with pytest.raises(ValueError, match=r"Wan2.1_VAE.pth are not Wan2.1's \(no tensor encoder.conv1.weight\)"):
-        load_vae(original)
+        opened(original).vae()
     text.write_bytes(weights)
     with pytest.raises(ValueError, match=r"bf16.pth are not Wan2.1's \(no tensor token_embedding.weight\)"):
-        load_text_encoder(original)
+        opened(original).text_encoder()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -852,7 +841,7 @@ def test_weights_that_are_no_numbers(copied, value):
     state["blocks.1.attn1.to_q.weight"][3, 5] = value
     save_file(state, path)
     with pytest.raises(ValueError, match="blocks.1.attn1.to_q.weight in .* holds NaN or infinity"):
-        load_transformer(copied)
+        opened(copied).transformer()
 
 
 def test_a_type_too_small_for_the_weights(copied):
@@ -860,9 +849,9 @@ def test_a_type_too_small_for_the_weights(copied):
     state = load_file(path)
     state["proj_out.bias"][0] = 1e5
     save_file(state, path)
-    assert load_transformer(copied, torch.bfloat16).head.head.bias[0] > 9e4
+    assert opened(copied).transformer(torch.bfloat16).head.head.bias[0] > 9e4
     with pytest.raises(ValueError, match="proj_out.bias in .* holds NaN or infinity as torch.float16"):
-        load_transformer(copied, torch.float16)
+        opened(copied).transformer(torch.float16)
 
 
 def test_config_of_another_model_is_one_sentence(copied):
@@ -870,22 +859,22 @@ def test_config_of_another_model_is_one_sentence(copied):
     with pytest.raises(
         ValueError, match=r"6 are of another shape \(first: .*net.0.proj.weight \(48, 32\), expected \(56, 32\)"
     ):
-        load_transformer(copied)
+        opened(copied).transformer()
 
 
 def test_a_preset_comes_back_and_what_it_leaves_out_is_published(tmp_path):
-    assert load_preset(tmp_path) == Preset(size=(832, 480), frames=81, fps=16.0, steps=30, shift=5.0, guidance=3.0)
+    assert opened(tmp_path).preset == Preset(size=(832, 480), frames=81, fps=16.0, steps=30, shift=5.0, guidance=3.0)
     preset = Preset(size=(64, 64), frames=33, noise=0.0, negative_prompt="")
     save_preset(tmp_path, preset)
-    assert load_preset(tmp_path) == preset
+    assert opened(tmp_path).preset == preset
     (tmp_path / "sampling.json").write_text(json.dumps({"steps": 4}))
-    assert load_preset(tmp_path) == Preset(steps=4)
+    assert opened(tmp_path).preset == Preset(steps=4)
 
 
 def test_a_preset_with_a_misspelt_field_is_one_sentence(tmp_path):
     (tmp_path / "sampling.json").write_text(json.dumps({"step": 4}))
     with pytest.raises(ValueError, match=r"\['step'\], expected only the fields of checkpoint.Preset"):
-        load_preset(tmp_path)
+        print(opened(tmp_path).preset)
 
 
 # The hub.
@@ -958,11 +947,11 @@ def test_only_what_is_needed_is_downloaded(copied, small, hub, monkeypatch):
     for extra in ("transformer/diffusion_pytorch_model.fp16.safetensors", "vae/model.ckpt", "transformer.onnx"):
         (copied / extra).write_bytes(b"another copy")
     hub.folders["someone/model"] = copied
-    assert load_config("someone/model") == WAN
-    assert (load_preset("someone/model"), load_tokenizer("someone/model").text_len) == (Preset(), WAN.text_len)
+    assert opened("someone/model").config == WAN
+    assert (opened("someone/model").preset, opened("someone/model").tokenizer().text_len) == (Preset(), WAN.text_len)
     assert hub.asked and all(name.endswith(".json") for name in hub.asked), "a dry run needs no weights"
     described = len(hub.asked)
-    equal(load_vae("someone/model"), small.vae)
+    equal(opened("someone/model").vae(), small.vae)
     assert hub.asked[described:] == ["vae/diffusion_pytorch_model.safetensors"]
     loaded = load_pipeline("someone/model")
     equal(loaded.transformer, small.transformer)
@@ -979,7 +968,7 @@ def test_two_experts_in_shards_are_downloaded(small, other, tmp_path, hub):
     (folder / "assets").mkdir()
     (folder / "assets" / "film.mp4").write_bytes(b"large")
     hub.folders["someone/two"] = folder
-    equal(load_transformer("someone/two", expert="low"), other)
+    equal(opened("someone/two").transformer(expert="low"), other)
     assert not any(name.startswith("high_noise_model/") and "-of-" in name for name in hub.asked)
     loaded = load_pipeline("someone/two")
     equal(loaded.transformer, small.transformer)
@@ -990,17 +979,17 @@ def test_two_experts_in_shards_are_downloaded(small, other, tmp_path, hub):
 
 def test_what_was_downloaded_serves_offline(copied, small, hub, monkeypatch):
     hub.folders["someone/model"] = copied
-    load_vae("someone/model")
+    opened("someone/model").vae()
     checkpoint._download.cache_clear()  # as in a new process
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.asked)
-    equal(load_vae("someone/model"), small.vae)
-    assert load_config("someone/model") == WAN
+    equal(opened("someone/model").vae(), small.vae)
+    assert opened("someone/model").config == WAN
     assert len(hub.asked) == asked
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
-        load_transformer("someone/model")
+        opened("someone/model").transformer()
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
-        find_model("someone/never-seen")
+        opened("someone/never-seen")
 
 
 @pytest.mark.parametrize(
@@ -1019,21 +1008,21 @@ def test_why_a_repository_cannot_be_had(hub, tmp_path, repository, cause):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=cause) as error:
-        find_model(repository)
+        opened(repository)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_no_network_and_no_space(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"someone/model is no folder here.*cannot be reached \(.*check the network"):
-        find_model("someone/model")
+        opened("someone/model")
 
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(ValueError, match="No space left on device; when that is mended"):
-        find_model("someone/model")
+        opened("someone/model")
 
 
 def test_an_i2v_repository_is_refused_before_its_weights_arrive(copied, hub):
@@ -1047,6 +1036,6 @@ def test_an_i2v_repository_is_refused_before_its_weights_arrive(copied, hub):
 def test_what_is_neither_on_disk_nor_a_repository(small):
     for wrong in ("nowhere", "/no/such/folder", "a/b/c", "../x", "models/wan.safetensors", "models/wan.gguf"):
         with pytest.raises(ValueError, match="expected a folder, a .safetensors file or a Hugging Face repository"):
-            find_model(wrong)
+            opened(wrong)
     with pytest.raises(ValueError, match="expected a folder"):
-        find_model(small.folder / "model_index.json")
+        opened(small.folder / "model_index.json")
