@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -98,7 +98,7 @@ class Diffusers:
     def config_file(self, part: str) -> str | None:
         return f"{part}/config.json"
 
-    def table(self, part: str, config) -> names.Table:
+    def table(self, part: str, config: Any) -> names.Table:
         if part == "vae":
             return names.vae_names(config)
         return names.TEXT_NAMES if part == "text_encoder" else names.TRANSFORMER_NAMES
@@ -121,7 +121,7 @@ class Original:
         has_none = part in ("vae", "text_encoder") or self._alone(part)
         return None if has_none else self._home(part) + "config.json"
 
-    def table(self, part: str, config) -> names.Table:
+    def table(self, part: str, config: Any) -> names.Table:
         return ()
 
     def _home(self, part: str) -> str:
@@ -150,7 +150,7 @@ class SingleFile:
     def config_file(self, part: str) -> str | None:
         return None if part == "transformer" else self.beside.config_file(part)
 
-    def table(self, part: str, config) -> names.Table:
+    def table(self, part: str, config: Any) -> names.Table:
         return () if part == "transformer" else self.beside.table(part, config)
 
 
@@ -214,7 +214,7 @@ class Opened:
         self.folder, self.two_experts = self.layout.folder, self.layout.two_experts
 
     @cached_property
-    def config(self):
+    def config(self) -> Any:
         """The sizes of the transformer, a `network.config_class`; of two experts, of the one for high noise."""
         return self._config("transformer")
 
@@ -318,7 +318,7 @@ class Opened:
         with torch.device("meta"), _Undrawn():
             return self.network(self.config), WanVAE(vae), text.UMT5Encoder(encoder)
 
-    def _config(self, part: str):
+    def _config(self, part: str) -> Any:
         """The config of a part in any layout. ValueError for a model that is not text-to-video, and for another VAE."""
         config_class = {"vae": VAEConfig, "text_encoder": text.T5Config}.get(part, self.network.config_class)
         name = self.layout.config_file(part)
@@ -355,7 +355,7 @@ class Opened:
         return _single_file(files[0]) if single else _stored(files)
 
     def _fill(
-        self, module_class: type[nn.Module], part: str, config, stored: Mapping[str, "Stored"],
+        self, module_class: type[nn.Module], part: str, config: Any, stored: Mapping[str, "Stored"],
         dtype: torch.dtype | None, device: str,
     ) -> nn.Module:  # fmt: skip
         """Build a part without memory and give it its tensors; every name and shape must be the module's."""

@@ -6,6 +6,7 @@ VAE and text encoder, and ComfyUI's files have none at all; there, every size is
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -57,7 +58,7 @@ def from_diffusers(part: str, theirs: dict) -> dict:
     return found | {"dim": dim, "model_type": kind}
 
 
-def to_diffusers(part: str, config) -> dict:
+def to_diffusers(part: str, config: Any) -> dict:
     """The -Diffusers config.json of a part."""
     theirs = CONSTANTS[part] | {key: getattr(config, ours) for ours, key in FIELDS[part].items()}
     if part == "text_encoder":
@@ -85,7 +86,7 @@ def layers(names: Iterable[str]) -> int:
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 
-def other_kind(config, class_name: str | None) -> str:
+def other_kind(config: Any, class_name: str | None) -> str:
     """What a transformer is if it is not for text-to-video, else an empty string; class_name: what its config names."""
     known = class_name in (None, "WanModel", "WanTransformer3DModel")
     name = config.model_type if known else str(class_name)
