@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from small import opened
 
 import flow
 import lora
@@ -241,8 +242,15 @@ def test_every_path_exists():
 
 def test_the_tree_is_that_of_the_repository():
     tree = next(block.text for block in BLOCKS if block.heading == "Files")
-    named = [line.split()[0] for line in tree.splitlines()]
+    lines, named, folder = [line for line in tree.splitlines() if line], [], ""
+    for line in lines:
+        name = line.split()[0]
+        folder = folder if line.startswith(" ") else name if name.endswith("/") else ""
+        named.append(folder + name if line.startswith(" ") else name)
     assert all((ROOT / name).exists() for name in named), named
+    for package in PACKAGES:
+        inside = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+        assert inside == {name.removeprefix(f"{package}/") for name in named if name.startswith(f"{package}/")} - {""}
     try:
         tracked = subprocess.run(
             ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -294,11 +302,18 @@ def test_captions_in_commands_are_those_of_the_toy_world():
 
 
 def test_every_number_is_that_of_the_code():
-    wan, own = checkpoint.Preset(), checkpoint.load_preset(ROOT / "checkpoints" / "tiny")
+    wan, own = checkpoint.Preset(), opened(ROOT / "checkpoints" / "tiny").preset
     size = sum(path.stat().st_size for path in (ROOT / "checkpoints" / "tiny").rglob("*") if path.is_file())
     assert size < 16 * 10**6 and len(dataset.find_clips(ROOT / "clips")) == 16
     assert own.noise == 0 and grow.VAE.patch_size == 2 and grow.TRANSFORMER.text_len == 32
+    first, second = ("vta", "flow", "tasks", "lora"), ("model", "sample", "train")
+    idea, machine = (
+        sum(len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in names)
+        for names in (first, second)
+    )
     facts = (
+        f"in {idea} lines",
+        f"in {machine:,} lines",
         "less than 16 MB",
         "sixteen captioned clips",
         f"{own.size[0]}x{own.size[1]} pixels, {own.frames} frames at {own.fps:g} a second",
