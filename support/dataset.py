@@ -1,30 +1,28 @@
-"""Clips and captions: which a folder holds, which can be trained on, and in what order.
+"""Clips and captions: finding them in a folder, cutting them into windows, and drawing batches of windows.
 
-A clip is a media file with a caption. For training, a clip of any size, length and frame rate is brought to the
-model's frame rate, cut into windows of N frames, and scaled to a size near its own shape; windows of one size are a
-bucket, and a batch is drawn from one bucket.
-
-    python train.py --data clips/        # reads captions and clips through this file
+For training, a clip of any size, length and frame rate is brought to the model's frame rate, cut into windows of N
+frames, and scaled to a size near its own shape. Windows of one size are a bucket, and a batch comes from one bucket.
+`python train.py --data clips/` reads captions and clips through this file.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from support import cli, media
+from support import cache, cli, media
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(NamedTuple):
     path: Path
     caption: str
 
@@ -47,25 +45,55 @@ class Skipped(NamedTuple):
 def find_clips(folder: Path | str) -> list[Clip]:
     """Every clip or image of a folder with its caption, sorted by path; "" where there is none.
 
-    `metadata.jsonl`, or else `metadata.csv`, or else `videos.txt` with `prompts.txt` or `prompt.txt` line by line, is
-    the list of clips where there is one; otherwise the list is every media file in the folder and in its `train/`.
-    Listed clips are looked for in the same two places. A caption that the list lacks is read from the `.txt` beside
-    the clip.
+    The clips are listed in `metadata.jsonl`, or else `metadata.csv`, or else `videos.txt` with `prompts.txt` or
+    `prompt.txt` line by line; without a list, they are all media files. Clips may lie in the folder or in its `train/`.
+    A caption that the list lacks is read from the `.txt` beside the clip.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: expected one with clips and their captions")
     clips = []
     for name, caption in _listed(folder):
-        places = (folder / name, folder / "train" / name)
-        path = next((place for place in places if place.is_file()), places[0])
-        sidecar = path.with_suffix(".txt")
-        if not caption and sidecar.is_file():
-            caption = read_text(sidecar)
+        path = next((path for path in (folder / name, folder / "train" / name) if path.is_file()), folder / name)
+        if not caption and (beside := path.with_suffix(".txt")).is_file():
+            caption = read_text(beside)
         clips.append(Clip(path, " ".join(caption.split())))
     if not clips:
         raise ValueError(f"{folder} holds no clips: expected such as a.mp4 with its caption in a.txt or metadata.csv")
     return sorted(clips, key=lambda clip: (clip.path.as_posix(), clip.caption))
+
+
+def _listed(folder: Path) -> list[tuple[str, str]]:
+    """(file name, caption or "") of each clip in a folder."""
+    if (path := folder / "metadata.jsonl").is_file():
+        lines = enumerate(read_text(path).splitlines(), 1)
+        return [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if (path := folder / "metadata.csv").is_file():
+        reader = csv.DictReader(io.StringIO(read_text(path)))
+        return [_row(row, f"{path}, line {reader.line_num}") for row in reader]
+    if (path := folder / "videos.txt").is_file():
+        prompts = next((path for path in (folder / "prompts.txt", folder / "prompt.txt") if path.is_file()), None)
+        if prompts is None:
+            raise ValueError(f"{folder} has videos.txt and no prompts.txt, expected a caption in it for each line")
+        names, captions = (read_text(text).strip().splitlines() for text in (path, prompts))
+        if len(names) != len(captions):
+            raise ValueError(f"{path} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
+        return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
+    suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
+    files = [path for path in (*folder.glob("*"), *folder.glob("train/*")) if path.suffix.lower() in suffixes]
+    return [(path.relative_to(folder).as_posix(), "") for path in files if not path.name.startswith(".")]
+
+
+def _row(row: dict | str, where: str) -> tuple[str, str]:
+    """(file name, caption or "") of one row of metadata: a row of a table, or the text of a JSON object."""
+    try:
+        row = json.loads(row) if isinstance(row, str) else row
+        name = next(row[key] for key in ("file_name", "video_path", "video", "path") if row.get(key))
+    except (json.JSONDecodeError, AttributeError, StopIteration) as error:
+        got = ", ".join(map(str, row)) if isinstance(row, dict) else row
+        expected = "expected file_name, video_path, video or path, and the caption as text, caption or prompt"
+        raise ValueError(f"{where} names no clip: got {got}, {expected}") from error
+    return str(name), str(next((row[key] for key in ("text", "caption", "prompt") if row.get(key)), ""))
 
 
 def read_text(path: Path | str) -> str:
@@ -79,10 +107,9 @@ def read_text(path: Path | str) -> str:
 def read_prompts(path: Path | str) -> list[str]:
     """The lines of a text file, without blank ones."""
     try:
-        lines = read_text(path).splitlines()
+        prompts = [" ".join(line.split()) for line in read_text(path).splitlines() if line.strip()]
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error}), expected a text file with a prompt in each line") from None
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{path} is empty, expected a prompt in each line")
     return prompts
@@ -95,7 +122,7 @@ def missing_clips(folder: Path | str, captions: Sequence[str]) -> list[int]:
     """
     missing = []
     for number, caption in enumerate(captions):
-        clip = _numbered(folder, number)
+        clip = Path(folder) / f"{number:05d}.mp4"
         beside = clip.with_suffix(".txt")
         if not (clip.is_file() and beside.is_file()):
             missing.append(number)
@@ -106,14 +133,10 @@ def missing_clips(folder: Path | str, captions: Sequence[str]) -> list[int]:
 
 def write_clip(folder: Path | str, number: int, video: Tensor, fps: float, caption: str) -> None:
     """Write a clip such as `00000.mp4`, and when it is whole, its caption beside it."""
-    clip = _numbered(folder, number)
+    clip = Path(folder) / f"{number:05d}.mp4"
     media.write_video(clip, video, fps)
     with cli.replacing(clip.with_suffix(".txt")) as beside:
         beside.write_text(caption + "\n", encoding="utf-8")
-
-
-def _numbered(folder: Path | str, number: int) -> Path:
-    return Path(folder) / f"{number:05d}.mp4"
 
 
 def survey(
@@ -121,10 +144,10 @@ def survey(
 ) -> tuple[list[Source], list[Skipped]]:
     """Sort clips into those that give at least one window of `frames` frames at `fps`, and the others with the reason.
 
-    `size` is (width, height) in pixels: that of every window, or with `buckets` the one whose area others keep.
-    Nothing but the first picture is decoded, so damage further in shows only when the clip is encoded.
+    `size` is (width, height) in pixels of every window; with `buckets`, a window has the clip's own shape and about the
+    same area. Only the first picture is decoded, so damage further in shows when the clip is encoded.
     """
-    sources, left_out = [], []
+    sources, skipped = [], []
     for clip in clips:
         try:
             if not clip.path.is_file():
@@ -136,13 +159,8 @@ def survey(
                 raise ValueError(f"too short: {length} frames at {fps:g} fps, expected {frames}")
             sources.append(Source(clip, bucket(width, height, size) if buckets else size, length // frames))
         except ValueError as error:
-            left_out.append(skipped(clip, error))
-    return sources, left_out
-
-
-def skipped(clip: Clip, error: ValueError) -> Skipped:
-    """A clip that is left out, for the error that it gave."""
-    return Skipped(clip.path, str(error).removeprefix(f"{clip.path} "))
+            skipped.append(Skipped(clip.path, str(error).removeprefix(f"{clip.path} ")))
+    return sources, skipped
 
 
 def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -156,48 +174,41 @@ def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
     return 16 * max(1, round(W * stretch / 16)), 16 * max(1, round(H / stretch / 16))
 
 
-def _listed(folder: Path) -> list[tuple[str, str]]:
-    """(file name, caption or "") of everything that the folder offers."""
-    jsonl, table, videos = (folder / name for name in ("metadata.jsonl", "metadata.csv", "videos.txt"))
-    if jsonl.is_file():
-        lines = enumerate(read_text(jsonl).splitlines(), 1)
-        return [_row(line, f"{jsonl}, line {number}") for number, line in lines if line.strip()]
-    if table.is_file():
-        reader = csv.DictReader(io.StringIO(read_text(table)))
-        return [_row(row, f"{table}, line {reader.line_num}") for row in reader]
-    if videos.is_file():
-        prompts = next((path for path in (folder / "prompts.txt", folder / "prompt.txt") if path.is_file()), None)
-        if prompts is None:
-            raise ValueError(f"{folder} has videos.txt and no prompts.txt, expected a caption in it for each line")
-        names, captions = (read_text(path).strip().splitlines() for path in (videos, prompts))
-        if len(names) != len(captions):
-            raise ValueError(f"{videos} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
-        return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
-    suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
-    files = [path for place in (folder, folder / "train") if place.is_dir() for path in place.iterdir()]
-    files = [path for path in files if path.suffix.lower() in suffixes and not path.name.startswith(".")]
-    return [(path.relative_to(folder).as_posix(), "") for path in files]
+def latent_keys(sources: Sequence[Source], frames: int, fps: float, encoder_name: str) -> list[str]:
+    """A name for the latents of each clip. It follows from content, size, cut and encoder, whatever the file's name."""
+    contents = [hashlib.sha256(np.memmap(source.clip.path, mode="r")).hexdigest() for source in sources]
+    cuts = [(source.size, frames, float(fps)) for source in sources]
+    return [cache.key(content, *cut, encoder_name) for content, cut in zip(contents, cuts, strict=True)]
 
 
-def _row(row: dict | str, where: str) -> tuple[str, str]:
-    """(file name, caption or "") of one row of metadata: a row of a table, or the text of a JSON object."""
-    try:
-        row = json.loads(row) if isinstance(row, str) else row
-        name = next(row[key] for key in ("file_name", "video_path", "video", "path") if row.get(key))
-    except (json.JSONDecodeError, AttributeError, StopIteration) as error:
-        got = ", ".join(map(str, row)) if isinstance(row, dict) else row
-        raise ValueError(
-            f"{where} names no clip: got {got}, expected file_name, video_path, video or path, "
-            "and the caption as text, caption or prompt"
-        ) from error
-    return str(name), str(next((row[key] for key in ("text", "caption", "prompt") if row.get(key)), ""))
+def latents(
+    sources: Sequence[Source], keys: Sequence[str], frames: int, fps: float, encode: Callable, folder: Path | str
+) -> tuple[list[cache.StoredTensors | None], list[Skipped]]:
+    """The latents of each clip's windows, each (16, F, H, W) in fp32; those not yet in `folder` are encoded.
 
+    `encode` maps one window (1, 3, N, H, W) to (1, 16, F, H, W). A clip that turns out to be damaged, or shorter than
+    it said, gives None, and the reason.
+    """
+    skipped = []
 
+    def encode_windows(source: Source) -> Tensor | None:
+        try:
+            windows = media.read_windows(source.clip.path, source.size, fps, frames)
+            encoded = [encode(window[None])[0].cpu() for window in windows]
+            if not encoded:
+                raise ValueError(f"too short: fewer than {frames} frames at {fps:g} fps")
+            return torch.stack(encoded)
+        except ValueError as error:
+            path = source.clip.path
+            skipped.append(Skipped(path, str(error).removeprefix(f"{path} ")))
+            return None
 
+    files = cache.compute_missing(sources, keys, encode_windows, folder, "encoding clips")
+    return [file and cache.StoredTensors([(file[0], row) for row in range(file[1])]) for file in files], skipped
 
 
 def by_shape(shapes: Sequence[tuple[int, ...]], indices: Sequence[int]) -> list[list[int]]:
-    """The indices in buckets, of which each has one shape."""
+    """The indices in buckets; all indices of a bucket have one shape."""
     buckets: dict[tuple[int, ...], list[int]] = {}
     for index in indices:
         buckets.setdefault(shapes[index], []).append(index)
@@ -207,21 +218,22 @@ def by_shape(shapes: Sequence[tuple[int, ...]], indices: Sequence[int]) -> list[
 def batch_of(step: int, batch: int, buckets: Sequence[Sequence[int]], seed: int) -> list[int]:
     """The `batch` members of one bucket that training step `step` sees; they follow from the arguments alone.
 
-    Each bucket is gone through in epochs, each in a new order. Of as many steps as there are members in all, every
-    bucket gets as many as it has members, so all members are seen equally often.
+    An epoch has as many batches as there are members, and shows each member `batch` times.
     """
-    ends = torch.tensor([len(members) for members in buckets]).cumsum(0)
-    lap, turn = divmod(step, ends[-1].item())
-    turns = torch.bucketize(_order(seed, lap, ends[-1].item()), ends, right=True)  # the bucket of each step of this lap
-    members = buckets[turns[turn]]
-    before = lap * len(members) + (turns[:turn] == turns[turn]).sum().item()  # earlier steps of this bucket
-    picked = []
-    for position in range(before * batch, (before + 1) * batch):
-        epoch, place = divmod(position, len(members))
-        picked.append(members[_order(seed, epoch, len(members))[place]])
-    return picked
+    epoch, turn = divmod(step, sum(map(len, buckets)))
+    return _epoch(epoch, batch, tuple(map(tuple, buckets)), seed)[turn].tolist()
 
 
-@lru_cache(maxsize=64)
-def _order(seed: int, epoch: int, total: int) -> Tensor:
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+@lru_cache(maxsize=2)
+def _epoch(epoch: int, batch: int, buckets: tuple[tuple[int, ...], ...], seed: int) -> Tensor:
+    """The batches of an epoch in a random order, (batches, batch).
+
+    Each bucket gives as many batches as it has members: `batch` shuffles of them, one after another, cut into rows.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    batches = []
+    for members in map(torch.tensor, buckets):
+        shuffles = [members[torch.randperm(len(members), generator=generator)] for _ in range(batch)]
+        batches.append(torch.cat(shuffles).view(len(members), batch))
+    batches = torch.cat(batches)
+    return batches[torch.randperm(len(batches), generator=generator)]

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import model_fixture  # noqa: F401 (a fixture)
 
+from model import Wan
 from support import cache, dataset, media
 from wan import checkpoint, text
 
@@ -36,8 +37,8 @@ def test_latents_are_computed_once(tmp_path, capsys):
 
     def latents(size=(32, 32), frames=9, fps=16, name="tiny", clips=clips):
         sources = [dataset.Source(clip, size, 1) for clip in clips]
-        keys = cache.latent_keys(sources, frames, fps, name)
-        stored, _ = cache.latents(sources, keys, frames, fps, vae.encode, folder)
+        keys = dataset.latent_keys(sources, frames, fps, name)
+        stored, _ = dataset.latents(sources, keys, frames, fps, vae.encode, folder)
         return [torch.stack(list(windows)) for windows in stored]
 
     first = latents()
@@ -75,7 +76,7 @@ def test_a_damaged_clip_gives_its_reason_and_no_latents(tmp_path):
     (tmp_path / "a.mp4").write_text("no video")
     sources = [dataset.Source(dataset.Clip(tmp_path / "a.mp4", "a"), (32, 32), 1)]
     sources += [dataset.Source(dataset.Clip(written(tmp_path / "b.mp4"), "b"), (32, 32), 1)] * 2
-    latents, skipped = cache.latents(sources, ["a", "b", "c"], 9, 16, CountingVAE().encode, tmp_path / "cache")
+    latents, skipped = dataset.latents(sources, ["a", "b", "c"], 9, 16, CountingVAE().encode, tmp_path / "cache")
     assert latents[0] is None and latents[1][0].equal(latents[2][0])
     assert [(path.name, reason.startswith("cannot be read")) for path, reason in skipped] == [("a.mp4", True)]
 
@@ -127,25 +128,29 @@ def test_stored_tensors_are_read_one_at_a_time_and_leave_no_file_open(tmp_path):
     )
     assert [x[0, 0].item() for x in stored] == list(range(50)) and len(stored) == 50
     maps = Path("/proc/self/maps")
-    kept = [stored[n] for n in range(50)]
-    assert not maps.exists() or sum(str(tmp_path) in line for line in maps.read_text().splitlines()) <= len(kept)
-    del kept
+    tensors = [stored[n] for n in range(50)]
+    assert not maps.exists() or sum(str(tmp_path) in line for line in maps.read_text().splitlines()) <= len(tensors)
+    del tensors
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
 
 
-def test_prompts_load_the_encoder_only_for_what_is_new_and_keep_no_padding(model, tmp_path, monkeypatch):
-    loaded, load = [], checkpoint.load_text_encoder
-    monkeypatch.setattr(checkpoint, "load_text_encoder", lambda *a: loaded.append(a) or load(*a))
+def test_prompts_load_the_encoder_only_for_what_is_new_and_without_padding(model, tmp_path, monkeypatch):
+    loaded, load = [], checkpoint.Opened.text_encoder
+    monkeypatch.setattr(checkpoint.Opened, "text_encoder", lambda *a: loaded.append(a) or load(*a))
 
     def prompts(*texts, model=model, dtype=torch.float32):
-        return cache.prompts(str(model), texts, dtype, "cpu", tmp_path / "cache")
+        encode = checkpoint.open(model, Wan).encode_prompts(texts, dtype, "cpu", tmp_path / "cache")
+        return encode(list(texts))
 
     first = prompts("a red circle", "a red circle moving left")
-    tokenizer, encoder = checkpoint.load_tokenizer(model), load(model, torch.float32)
+    opened = checkpoint.open(model, Wan)
+    tokenizer, encoder = opened.tokenizer(), load(opened, torch.float32)
     with torch.no_grad():
         whole = text.embed(tokenizer, encoder, ["a red circle moving left"])
-    assert len(first[0]) < len(first[1]) < tokenizer.text_len
-    assert torch.equal(text.padded([first[1]], tokenizer.text_len), whole)
+    lengths = [embedding.any(-1).sum().item() for embedding in first]
+    assert lengths[0] < lengths[1] < tokenizer.text_len
+    assert sorted(len(load_file(path)["tensor"]) for path in (tmp_path / "cache").iterdir()) == lengths
+    assert torch.equal(first[1:], whole)
     assert len(loaded) == 1
     moved = shutil.copytree(model, tmp_path / "elsewhere")
     assert torch.equal(prompts("a red circle", model=moved)[0], first[0]) and len(loaded) == 1
@@ -160,9 +165,10 @@ def test_prompts_load_the_encoder_only_for_what_is_new_and_keep_no_padding(model
 
 
 def test_fingerprint_tells_weights_apart(model):
-    vae = checkpoint.load_vae(model)
+    opened = checkpoint.open(model, Wan)
+    vae = opened.vae()
     before = cache.fingerprint(vae)
-    assert cache.fingerprint(checkpoint.load_vae(model)) == before
+    assert cache.fingerprint(opened.vae()) == before
     with torch.no_grad():
         vae.decoder.conv1.bias[3] += 1e-6
     assert cache.fingerprint(vae) != before
