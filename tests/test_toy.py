@@ -12,6 +12,7 @@ from small import call
 import flow
 import lora
 import sample
+from model import Wan
 from sample import SampleConfig
 from support import media
 from toy import grow, judge, world
@@ -52,19 +53,20 @@ def test_it_is_small_and_nothing_in_it_is_code():
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md"}
 
 
-def test_it_is_what_tiny_py_makes():
-    assert checkpoint.load_config(MODEL) == grow.TRANSFORMER
-    encoder = checkpoint.load_text_encoder(MODEL).config
+def test_it_is_what_grow_makes():
+    opened = checkpoint.open(MODEL, Wan)
+    assert opened.config == grow.TRANSFORMER
+    encoder = opened.text_encoder().config
     assert encoder == dataclasses.replace(grow.ENCODER, vocab_size=encoder.vocab_size)
-    assert checkpoint.load_preset(MODEL) == grow.PRESET
-    vae = checkpoint.load_vae(MODEL).config
+    assert opened.preset == grow.PRESET
+    vae = opened.vae().config
     measured = {"latents_mean": vae.latents_mean, "latents_std": vae.latents_std}
     assert vae == dataclasses.replace(grow.VAE, **measured)
     assert all(0.1 < std < 10 for std in vae.latents_std)
 
 
 def test_it_knows_every_word_of_the_world():
-    tokenizer = checkpoint.load_tokenizer(MODEL)
+    tokenizer = checkpoint.open(MODEL, Wan).tokenizer()
     ids, mask = tokenizer([scene.caption for scene in world.scenes(200, seed=3, unseen=True, pairs=0.5)])
     assert not (ids == tokenizer.tokenizer.token_to_id("<unk>")).any()
     assert (mask.sum(1) < grow.TRANSFORMER.text_len).all(), "no caption is cut"
@@ -173,9 +175,9 @@ def test_one_command_grows_a_model_from_nothing_and_does_nothing_twice(tmp_path)
     out, flags = tmp_path / "out", ["--clips", 20, "--vae-steps", 2, "--base-steps", 2, "--lora-steps", 2]
     grown = call(grow, *flags, "--work", tmp_path / "work", "--out", out)
     assert grown.status == 0, grown.err
-    pipeline = checkpoint.load_pipeline(out)
+    opened = checkpoint.open(out, Wan)
     matrices = lora.load(out / "lora.safetensors")
-    lora.merge(pipeline.transformer, matrices, pipeline.preset.strength)
+    lora.merge(opened.transformer(), matrices, opened.preset.strength)
     assert {part.dtype for pair in matrices.values() for part in pair[:2]} == {torch.bfloat16}
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again = call(grow, *flags, "--work", tmp_path / "work", "--out", out)

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora
 from model import Wan, WanConfig
-from support import cli, dataset
-from support.resume import newest_state
+from support import cli
 from toy import world
 from train import TrainConfig, train
 from wan import checkpoint, text
@@ -54,112 +53,102 @@ def grow(config: TinyConfig) -> None:
     clips, seedling = work / "clips", work / "seedling"
     world.write(clips, config.clips, seed=1, pairs=PAIRS)
     if not (seedling / "vae" / "diffusion_pytorch_model.safetensors").exists():
-        vae = measured(train_vae(work, config.vae_steps, batch=4, lr=1e-3, compile=config.compile))
+        vae = train_vae(work / "vae.pt", config.vae_steps, batch=4, lr=1e-3, compile=config.compile)
+        measure_latents(vae)
         checkpoint.save_pipeline(seedling, vae=vae, dtype={"vae": torch.bfloat16})
     if not (seedling / "model_index.json").exists():
-        captions = [clip.caption for clip in dataset.find_clips(clips)]
-        tokenizer = text.train_tokenizer(captions)
+        tokenizer = text.train_tokenizer(scene.caption for scene in world.scenes(config.clips, seed=1, pairs=PAIRS))
         encoder = text.UMT5Encoder(dataclasses.replace(ENCODER, vocab_size=tokenizer.get_vocab_size()))
         checkpoint.save_preset(seedling, PRESET)
         checkpoint.save_pipeline(seedling, Wan(TRANSFORMER), None, encoder, tokenizer, PRESET.shift)
 
     base, pusa = work / "base" / "model", work / "lora" / "lora.safetensors"
-    train_or_resume(
-        TrainConfig(
-            data=str(clips), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
-            shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
-        ),
-        base / "model_index.json",  # which is written last
+    pretraining = TrainConfig(
+        data=str(clips), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
+        shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
     )  # fmt: skip
+    train_or_resume(pretraining, base / "model_index.json")  # which is written last
     if not pusa.exists():  # what is in `out` may be of an earlier growth
-        parts = checkpoint.load_pipeline(base)
+        grown = checkpoint.open(base, Wan)
+        parts = grown.transformer(), grown.vae(), grown.text_encoder(), grown.tokenizer()
         half = {"transformer": torch.bfloat16, "vae": torch.bfloat16, "text_encoder": torch.float32}
         checkpoint.save_preset(out, PRESET)
-        checkpoint.save_pipeline(
-            out, parts.transformer, parts.vae, parts.text_encoder, parts.tokenizer, PRESET.shift, half
-        )
-    train_or_resume(
-        TrainConfig(
-            data=str(clips), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
-            compile=config.compile,
-        ),
-        pusa,
+        checkpoint.save_pipeline(out, *parts, PRESET.shift, half)
+    finetuning = TrainConfig(
+        data=str(clips), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
+        compile=config.compile,
     )  # fmt: skip
+    train_or_resume(finetuning, pusa)
     halved = {name: (A.bfloat16(), B.bfloat16(), alpha) for name, (A, B, alpha) in lora.load(pusa).items()}
     lora.save(out / "lora.safetensors", halved, base=str(out))
 
 
 def train_or_resume(config: TrainConfig, result: Path) -> None:
+    """Train if the result is not there; a run that has begun goes on."""
     if not result.exists():
-        train(dataclasses.replace(config, resume=newest_state(config.out) is not None))
+        train(dataclasses.replace(config, resume=(Path(config.out) / "settings.json").exists()))
 
 
 @torch.no_grad()
-def measured(vae: WanVAE, count: int = 256) -> WanVAE:
-    """The same VAE with the mean and standard deviation of each channel of its latents in its config.
+def measure_latents(vae: WanVAE, count: int = 256) -> None:
+    """Put the mean and standard deviation of each channel of the latents into the VAE's config.
 
-    The deviation is that of the latents as drawn, so that a channel which the VAE does not use, whose mean hardly
-    varies, is not blown up to the size of the others.
+    The deviation is that of latents drawn with their noise. In a channel that the VAE does not use, the mean hardly
+    varies: by its deviation alone, such a channel would be blown up to the size of the others.
     """
     moments = [vae.moments(world.render(scene)[None]) for scene in world.scenes(count, seed=2)]
     means, log_variances = (torch.cat(part) for part in zip(*moments, strict=True))
     mean = means.mean((0, 2, 3, 4))
     std = (means.var((0, 2, 3, 4)) + log_variances.exp().mean((0, 2, 3, 4))).sqrt()
-    config = dataclasses.replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
-    normalised = WanVAE(config)
-    normalised.load_state_dict(vae.state_dict())
-    return normalised
+    vae.config = dataclasses.replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
 
 
-def train_vae(folder: Path, steps: int, batch: int, lr: float, compile: bool) -> WanVAE:
-    """Train the VAE on clips rendered as it goes: squared error, a tenth of absolute error, a little KL."""
+def train_vae(state: Path, steps: int, batch: int, lr: float, compile: bool) -> WanVAE:
+    """Train the VAE on clips rendered as it goes; a training that was stopped goes on from the file `state`."""
     torch.manual_seed(0)
     vae = WanVAE(VAE)
     for module in vae.modules():  # the layout in which CPUs convolve bf16 fastest
-        if isinstance(module, torch.nn.Conv3d):
+        if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
-        elif isinstance(module, torch.nn.Conv2d):
+        elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    state = folder / "vae.pt"
     first = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         vae.load_state_dict(saved["vae"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-
-    def losses(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(video.device.type, torch.bfloat16):
-            mean, log_variance = vae.moments(video)
-            mean, log_variance = mean.float(), log_variance.float().clamp(-30, 20)
-            error = vae.pixels(mean + noise * (0.5 * log_variance).exp()).float() - video
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return error.square().mean(), error.abs().mean(), kl
-
-    step_losses = torch.compile(losses, dynamic=False) if compile else losses
+    losses = torch.compile(vae_losses, dynamic=False) if compile else vae_losses
     progress = cli.Progress(steps, "vae", first)
-    smooth = None
     for step in range(first, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         # Twice as many clips of half the length teach more for the same work; only the end needs the whole length.
         half = step < 0.7 * steps
-        first_frame, frames = (16 * (step % 2), 17) if half else (0, world.FRAMES)
+        start, frames = (16 * (step % 2), 17) if half else (0, world.FRAMES)
         scenes = world.scenes(2 * batch if half else batch, seed=step)
-        video = torch.stack([world.render(scene)[:, first_frame : first_frame + frames] for scene in scenes])
+        video = torch.stack([world.render(scene)[:, start : start + frames] for scene in scenes])
         noise = torch.randn(len(video), 16, (frames + 3) // 4, 8, 8, generator=torch.Generator().manual_seed(step))
-        square, absolute, kl = step_losses(video, noise)
+        square, absolute, kl = losses(vae, video, noise)
         (square + 0.1 * absolute + KL_WEIGHT * kl).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        smooth = square.item() if smooth is None else 0.95 * smooth + 0.05 * square.item()
-        progress.step(psnr=10 * math.log10(4 / smooth), kl=kl.item())
+        progress.step(psnr=10 * math.log10(4 / square.item()), kl=kl.item())
         if (step + 1) % 250 == 0 or step + 1 == steps:
             with cli.replacing(state) as path:
                 torch.save({"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, path)
     return vae
+
+
+def vae_losses(vae: WanVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared and absolute error of clips (B, 3, N, 64, 64) made from latents with `noise` like them, and the KL."""
+    with torch.autocast(video.device.type, torch.bfloat16):
+        mean, log_variance = vae.moments(video)
+        mean, log_variance = mean.float(), log_variance.float().clamp(-30, 20)
+        error = vae.pixels(mean + noise * (0.5 * log_variance).exp()).float() - video
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return error.square().mean(), error.abs().mean(), kl
 
 
 def main() -> None:
