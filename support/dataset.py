@@ -80,7 +80,8 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{path} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
         return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
     suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
-    files = [path for path in (*folder.glob("*"), *folder.glob("train/*")) if path.suffix.lower() in suffixes]
+    files = [path for place in (folder, folder / "train") if place.is_dir() for path in place.iterdir()]
+    files = [path for path in files if path.suffix.lower() in suffixes]
     return [(path.relative_to(folder).as_posix(), "") for path in files if not path.name.startswith(".")]
 
 

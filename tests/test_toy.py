@@ -16,6 +16,7 @@ from model import Wan
 from sample import SampleConfig
 from support import media
 from toy import grow, judge, world
+from train import TrainConfig
 from wan import checkpoint
 
 MODEL = Path("checkpoints/tiny")
@@ -168,6 +169,17 @@ def test_it_is_what_sample_py_runs_without_flags(tmp_path):
     result = call(sample, "--out", tmp_path / "a.mp4")
     assert result.status == 0, result.err
     assert media.read_video(tmp_path / "a.mp4").shape == (3, world.FRAMES, world.SIDE, world.SIDE)
+
+
+def test_a_stage_with_a_result_is_skipped_and_one_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    begun, config = [], TrainConfig(out=str(tmp_path))
+    monkeypatch.setattr(grow, "train", lambda config: begun.append(config.resume))
+    grow.train_or_resume(config, tmp_path / "result")
+    (tmp_path / "settings.json").touch()
+    grow.train_or_resume(config, tmp_path / "result")
+    (tmp_path / "result").touch()
+    grow.train_or_resume(config, tmp_path / "result")
+    assert begun == [False, True]
 
 
 @pytest.mark.slow
