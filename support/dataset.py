@@ -226,15 +226,14 @@ def batch_of(step: int, batch: int, buckets: Sequence[Sequence[int]], seed: int)
 
 
 @lru_cache(maxsize=2)
-def _epoch(epoch: int, batch: int, buckets: tuple[tuple[int, ...], ...], seed: int) -> Tensor:
-    """The batches of an epoch in a random order, (batches, batch).
+def _epoch(epoch: int, batch: int, buckets: tuple[tuple[int, ...], ...], seed: int) -> list[Tensor]:
+    """The batches of an epoch, each (batch,): the buckets take turns in a random order.
 
-    Each bucket gives as many batches as it has members: `batch` shuffles of them, one after another, cut into rows.
+    Each bucket gives as many batches as it has members: `batch` shuffles of them, one after another, cut into batches.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    batches = []
+    turns = []  # for each turn, the batches of the bucket that takes it
     for members in map(torch.tensor, buckets):
         shuffles = [members[torch.randperm(len(members), generator=generator)] for _ in range(batch)]
-        batches.append(torch.cat(shuffles).view(len(members), batch))
-    batches = torch.cat(batches)
-    return batches[torch.randperm(len(batches), generator=generator)]
+        turns += [iter(torch.cat(shuffles).split(batch))] * len(members)
+    return [next(turns[i]) for i in torch.randperm(len(turns), generator=generator).tolist()]

@@ -20,7 +20,7 @@ def written(path, N=9, seed=0):
 
 
 class CountingVAE(torch.nn.Module):
-    """Stands in for the VAE: keeps every fourth frame at an eighth of the size, and counts its calls."""
+    """Stands in for the VAE: takes every fourth frame at an eighth of the size, and counts its calls."""
 
     def __init__(self):
         super().__init__()

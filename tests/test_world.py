@@ -242,7 +242,7 @@ def test_write_makes_clips_and_captions_and_keeps_them(tmp_path):
     assert (folder / "00001.txt").read_text(encoding="utf-8") == scenes[1].caption + "\n"
     assert dataset.find_clips(folder)[0].caption == scenes[0].caption
 
-    # What is complete is kept; a clip that was cut off before its caption is made again.
+    # What is complete stays; a clip that was cut off before its caption is made again.
     (folder / "00000.mp4").write_bytes(b"mine")
     (folder / "00001.mp4").write_bytes(b"half")
     (folder / "00001.txt").unlink()

@@ -50,7 +50,7 @@ class TinyConfig:
 def grow(config: TinyConfig) -> None:
     """Run every stage that has no result yet; each goes on from where it was stopped."""
     work, out = Path(config.work), Path(config.out)
-    clips, seedling = work / "clips", work / "seedling"
+    clips, seedling, base, pusa = (work / name for name in ("clips", "seedling", "base/model", "lora/lora.safetensors"))
     world.write(clips, config.clips, seed=1, pairs=PAIRS)
     if not (seedling / "vae" / "diffusion_pytorch_model.safetensors").exists():
         vae = train_vae(work / "vae.pt", config.vae_steps, batch=4, lr=1e-3, compile=config.compile)
@@ -62,7 +62,6 @@ def grow(config: TinyConfig) -> None:
         checkpoint.save_preset(seedling, PRESET)
         checkpoint.save_pipeline(seedling, Wan(TRANSFORMER), None, encoder, tokenizer, PRESET.shift)
 
-    base, pusa = work / "base" / "model", work / "lora" / "lora.safetensors"
     pretraining = TrainConfig(
         data=str(clips), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
         shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
