@@ -260,16 +260,3 @@ def write_tokenizer(folder: str | Path, tokenizer: tokenizers.Tokenizer, text_le
     with replacing(folder / "tokenizer.json") as path:
         path.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     write_json(folder / "tokenizer_config.json", config)
-
-
-def tokenizer_files(tokenizer, text_len):
-    import json
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": text_len,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "pad_token": PAD,
-        "eos_token": END,
-        "unk_token": UNKNOWN,
-    }
-    return {"tokenizer.json": tokenizer.to_str(pretty=True)+"\n", "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
