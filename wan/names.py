@@ -9,29 +9,36 @@ a list of substitutions for one part of the model:
 import re
 from collections.abc import Callable
 
-from wan.vae import VAEConfig
-
 Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 
 # Original name -> -Diffusers name: substitutions, applied in this order. The way back is the inverse of what they give
 # for the names that a model has.
 TRANSFORMER_NAMES = (
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^time_embedding\.0\b", "condition_embedder.time_embedder.linear_1"),
+    (r"^time_embedding\.2\b", "condition_embedder.time_embedder.linear_2"),
+    (r"^text_embedding\.0\b", "condition_embedder.text_embedder.linear_1"),
+    (r"^text_embedding\.2\b", "condition_embedder.text_embedder.linear_2"),
+    (r"^time_projection\.1\b", "condition_embedder.time_proj"),
     (r"\.self_attn\.", ".attn1."),
     (r"\.cross_attn\.", ".attn2."),
-    (r"\.([qkv])\.", r".to_\1."),
-    (r"\.o\.", ".to_out.0."),
-    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
-    (r"\.ffn\.2\.", ".ffn.net.2."),
-    (r"\.norm3\.", ".norm2."),  # the affine norm; the other two have no weights
-    (r"^head\.head\.", "proj_out."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"\.modulation$", ".scale_shift_table"),
+    (r"\.([qkv])\b", r".to_\1"),
+    (r"\.o\b", ".to_out.0"),
+    (r"\.ffn\.0\b", ".ffn.net.0.proj"),
+    (r"\.ffn\.2\b", ".ffn.net.2"),
+    (r"\.norm3\b", ".norm2"),  # the affine norm; the other two have no weights
+    (r"^head\.head\b", "proj_out"),
+    (r"^head\.modulation\b", "scale_shift_table"),
+    (r"\.modulation\b", ".scale_shift_table"),
 )
+# Every layer of a transformer that has parameters, in a block numbered {}. A modulation counts as one.
+TRANSFORMER_LAYERS = (
+    "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
+    "time_projection.1", "head.head", "head.modulation",
+    "blocks.{}.self_attn.q", "blocks.{}.self_attn.k", "blocks.{}.self_attn.v", "blocks.{}.self_attn.o",
+    "blocks.{}.self_attn.norm_q", "blocks.{}.self_attn.norm_k", "blocks.{}.norm3", "blocks.{}.modulation",
+    "blocks.{}.cross_attn.q", "blocks.{}.cross_attn.k", "blocks.{}.cross_attn.v", "blocks.{}.cross_attn.o",
+    "blocks.{}.cross_attn.norm_q", "blocks.{}.cross_attn.norm_k", "blocks.{}.ffn.0", "blocks.{}.ffn.2",
+)  # fmt: skip
 VAE_NAMES = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -83,9 +90,9 @@ def rename(name: str, table: Table) -> str:
     return name
 
 
-def vae_names(config: VAEConfig) -> Table:
+def vae_names(num_res_blocks: int) -> Table:
     """`VAE_NAMES` and the decoder's blocks: on each level `num_res_blocks + 1` residual ones, then an upsampling."""
-    residual = config.num_res_blocks + 1
+    residual = num_res_blocks + 1
 
     def block(match: re.Match) -> str:
         level, i = divmod(int(match[1]), residual + 1)
