@@ -259,7 +259,7 @@ def load_vae(model: str | Path, dtype: torch.dtype | None = torch.float32, devic
         stored = _part(model, "vae")
         return _fill(WanVAE, _measure(_vae_sizes, stored, VAE_FILE, model), (), model, stored, dtype, device)
     config = _vae_config(model)
-    return _fill(WanVAE, config, vae_names(config), model, _part(model, "vae"), dtype, device)
+    return _fill(WanVAE, config, vae_names(config.num_res_blocks), model, _part(model, "vae"), dtype, device)
 
 
 def load_text_encoder(model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> UMT5Encoder:
@@ -342,7 +342,7 @@ def save_pipeline(
         write_json(path.with_name("config.json"), _text_json(text_encoder.config))
     if vae is not None:
         path = folder / "vae" / "diffusion_pytorch_model.safetensors"
-        _write(path, vae, vae_names(vae.config), dtype.get("vae"))
+        _write(path, vae, vae_names(vae.config.num_res_blocks), dtype.get("vae"))
         write_json(path.with_name("config.json"), _vae_json(vae.config))
     for part, model in (("transformer", transformer), ("transformer_2", transformer_2)):
         if model is not None:
