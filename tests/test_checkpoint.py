@@ -40,7 +40,7 @@ from wan.checkpoint import (
     save_preset,
 )
 from wan.names import TEXT_NAMES, TRANSFORMER_NAMES, rename, vae_names
-from wan.text import T5Config, UMT5Encoder, train_tokenizer, write_tokenizer
+from wan.text import T5Config, UMT5Encoder, tokenizer_files, train_tokenizer
 from wan.vae import VAEConfig, WanVAE
 
 WAN = WanConfig(
@@ -138,7 +138,10 @@ def write_original(folder, transformer):
 
 def write_beside(folder, small):
     """The parts of an original folder that are not the transformer."""
-    write_tokenizer(folder / "google" / "umt5-xxl", small.tokenizer, WAN.text_len)
+    tokenizer = folder / "google" / "umt5-xxl"
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files(small.tokenizer, WAN.text_len).items():
+        (tokenizer / name).write_text(content, encoding="utf-8")
     torch.save(small.vae.state_dict(), folder / "Wan2.1_VAE.pth")
     torch.save(small.text_encoder.state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
 

@@ -49,7 +49,7 @@ from wan.names import (
     rename,
     vae_names,
 )
-from wan.text import T5Config, Tokenizer, UMT5Encoder, write_tokenizer
+from wan.text import T5Config, Tokenizer, UMT5Encoder, tokenizer_files
 from wan.vae import VAEConfig, WanVAE
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # what has weights; the second is the low-noise expert
@@ -335,7 +335,9 @@ def save_pipeline(
         plain = tokenizers.Tokenizer.from_str(getattr(tokenizer, "tokenizer", tokenizer).to_str())
         plain.no_padding()  # who reads the file sets these two by itself
         plain.no_truncation()
-        write_tokenizer(folder / "tokenizer", plain, text_len)
+        for name, content in tokenizer_files(plain, text_len).items():
+            with replacing(folder / "tokenizer" / name) as path:
+                path.write_text(content, encoding="utf-8")
     if text_encoder is not None:
         path = folder / "text_encoder" / "model.safetensors"
         _write(path, text_encoder, TEXT_NAMES, dtype.get("text_encoder"))
