@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support import cli
-from wan.names import TRANSFORMER_LAYERS, TRANSFORMER_NAMES, rename
+from wan.names import TRANSFORMER_NAMES, layer_name, rename
 
 
 class Pair(NamedTuple):
@@ -56,22 +56,21 @@ class LoRA:
         unmatched = [layer for layer in self.pairs if len(shapes.get(f"{layer}.weight", ())) < 2]
         unmatched += [name for name in self.diffs if name not in shapes]
         if unmatched or not self:
-            first = f"; first unmatched {unmatched[0]}" if unmatched else ""
-            raise ValueError(
-                f"LoRA matched {len(self) - len(unmatched)} of {len(self)} layers and parameters{first}; "
-                "nothing was merged: use a LoRA made for this model"
-            )
-        misfit = "nothing was merged: use a LoRA made for a model of this size"
+            got = f"LoRA matched {len(self) - len(unmatched)} of {len(self)} layers and parameters"
+            got += f"; first unmatched {unmatched[0]}" if unmatched else ""
+            raise ValueError(f"{got}; nothing was merged: use a LoRA made for this model")
+        misfits = []
         for layer, (A, B, _) in self.pairs.items():
             rows, columns = shapes[f"{layer}.weight"][0], math.prod(shapes[f"{layer}.weight"][1:])
             flat = [matrix.flatten(1).shape for matrix in (A, B) if matrix.ndim > 1]
             if flat != [(*A.shape[:1], columns), (rows, *A.shape[:1])]:
-                got = f"A {tuple(A.shape)} and B {tuple(B.shape)}, expected (rank, {columns}) and ({rows}, rank)"
-                raise ValueError(f"LoRA pair {layer} has {got}; {misfit}")
+                got = f"pair {layer} has A {tuple(A.shape)} and B {tuple(B.shape)}"
+                misfits.append(f"{got}, expected (rank, {columns}) and ({rows}, rank)")
         for name, diff in self.diffs.items():
             if diff.shape != shapes[name]:
-                got = f"{tuple(diff.shape)}, expected {shapes[name]}"
-                raise ValueError(f"LoRA change of {name} is {got}; {misfit}")
+                misfits.append(f"change of {name} is {tuple(diff.shape)}, expected {shapes[name]}")
+        if misfits:
+            raise ValueError(f"LoRA {misfits[0]}; nothing was merged: use a LoRA made for a model of this size")
 
 
 _PREFIX = r"(?:(?:base_model\.model|model|diffusion_model|transformer|pipe\.dit)\.)*(?:lora_unet_+)?"
@@ -83,12 +82,6 @@ _PARTS = {
 _KEY = re.compile(rf"{_PREFIX}(?P<name>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 _ADAPTER = re.compile(r"(?<=\.lora_[AB])\.\w+(?=\.(weight|bias)$)")  # as in `.lora_A.default.weight`
 _DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # in the metadata of its files
-_LAYERS = {  # by each of their spellings
-    spelling: layer
-    for layer in TRANSFORMER_LAYERS
-    for name in (layer, rename(layer, TRANSFORMER_NAMES))
-    for spelling in (name, name.replace(".", "_"))
-}
 
 # Who writes a file: the first of these that is in one of its keys.
 _WRITERS = {
@@ -113,9 +106,8 @@ def load(path: Path | str) -> LoRA:
 
     Known are the layers' names of Wan, diffusers and kohya (`lora_unet_`) with or without a prefix, `lora_A`/`lora_B`
     with or without an adapter's name (Pusa: `.default`), `lora_down`/`lora_up`, biases of B, `.alpha` or the alpha of
-    PEFT's settings, and the diffs of whole parameters `.diff`, `.diff_b` and `.diff_m`.
-    Raises ValueError for a file that cannot be read, for any key that is not understood and for incomplete pairs:
-    a LoRA that is applied in part looks like one that was trained badly.
+    PEFT's settings, `.diff`, `.diff_b` and `.diff_m`. ValueError for a file that cannot be read, for a key that is not
+    understood and for incomplete pairs: a LoRA that is applied in part looks like one that was trained badly.
     """
     return _parse(Path(path), *_read(Path(path)))
 
@@ -167,7 +159,7 @@ def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> No
     tensors, metadata = _read(Path(path))
     lora = _parse(Path(path), tensors, metadata)
     pairs = lora.pairs.values()
-    parts = [matrix for A, B, _ in pairs for matrix in (A, B)] + [*lora.diffs.values()]
+    parts = [*(matrix for A, B, _ in pairs for matrix in (A, B)), *lora.diffs.values()]
     norms = {name: pair.norm() for name, pair in lora.pairs.items()}
     norms |= {name: diff.float().norm() for name, diff in lora.diffs.items()}
     rows = {
@@ -186,7 +178,8 @@ def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> No
         rows["matched"] = f"{len(lora)} of {len(lora)} in {model}"
     strongest = sorted(norms, key=norms.get, reverse=True)[:5]
     rows["strongest"] = ", ".join(f"{name} ({norms[name]:.4g})" for name in strongest)
-    for name, value in {**rows, **{f"[{key}]": value for key, value in sorted(metadata.items())}}.items():
+    rows |= {f"[{key}]": value for key, value in sorted(metadata.items())}
+    for name, value in rows.items():
         print(f"{name:11} {textwrap.shorten(value, 300)}")
 
 
@@ -202,10 +195,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than plain tensors, which could run code on loading, so it was not "
-            "loaded; get the LoRA as .safetensors"
-        ) from error
+        got = f"{path} is damaged or holds more than plain tensors, which could run code on loading"
+        raise ValueError(f"{got}, so it was not loaded; get the LoRA as .safetensors") from error
     except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
         raise ValueError(f"{path} cannot be read ({error}); it may be incomplete: fetch it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
@@ -214,54 +205,41 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parse(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> LoRA:
-    layers: dict[str, dict[str, Tensor]] = {}
+    """The LoRA that the tensors of a file are; ValueError unless every key is understood."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS.values()}
     unknown = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(_ADAPTER.sub("", key))
-        layer = match and _layer(match["name"] + (".modulation" if match["part"] == "diff_m" else ""))
+        layer = match and layer_name(match["name"] + (".modulation" if match["part"] == "diff_m" else ""))
         if not layer or (match["part"] == "alpha" and tensor.numel() != 1):
             unknown.append(key)
             continue
-        parts, part = layers.setdefault(layer, {}), _PARTS[match["part"]]
-        if part in parts:
+        part = _PARTS[match["part"]]
+        if layer in parts[part]:
             raise ValueError(f"{path} has more than one {part} for a layer, such as {key}; expected one LoRA in a file")
         if not tensor.float().isfinite().all():
             raise ValueError(f"{path} has numbers in {key} that are not finite; fetch the file again, or train anew")
-        parts[part] = tensor
+        parts[part][layer] = tensor
     if unknown or not tensors:
-        first = f"; first unknown {unknown[0]}" if unknown else ""
-        raise ValueError(
-            f"{path}: understood {len(tensors) - len(unknown)} of {len(tensors)} keys{first}; "
-            "expected a LoRA for a text-to-video Wan: pairs lora_A/lora_B or lora_down/lora_up, alphas, .diff, .diff_b"
-        )
-    of_pairs = {"A", "B", "alpha", "B's bias"}
-    incomplete = [layer for layer, parts in layers.items() if of_pairs & {*parts} and not {"A", "B"} <= {*parts}]
+        got = f"{path}: understood {len(tensors) - len(unknown)} of {len(tensors)} keys"
+        got += f"; first unknown {unknown[0]}" if unknown else ""
+        expected = "pairs lora_A/lora_B or lora_down/lora_up, alphas, .diff, .diff_b"
+        raise ValueError(f"{got}; expected a LoRA for a text-to-video Wan: {expected}")
+
+    A, B, alphas, biases_of_B = (parts[part] for part in ("A", "B", "alpha", "B's bias"))
+    incomplete = [layer for layer in {**A, **B, **alphas, **biases_of_B} if layer not in A or layer not in B]
     if incomplete:
-        raise ValueError(
-            f"{path}: {len(incomplete)} of {len(layers)} layers lack A or B; first incomplete {incomplete[0]}; "
-            "fetch the file again, or ask where it came from"
-        )
-
-    lora, peft_alpha = LoRA(), _peft_alpha(path, metadata)
-    for layer, parts in layers.items():
-        weight, bias = layer if layer.endswith("modulation") else f"{layer}.weight", f"{layer}.bias"
-        if "A" in parts:
-            alpha = parts["alpha"].item() if "alpha" in parts else peft_alpha
-            lora.pairs[layer] = Pair(parts["A"], parts["B"], alpha)
-        if "diff" in parts:
-            lora.diffs[weight] = parts["diff"]
-        if "bias" in parts:
-            lora.diffs[bias] = parts["bias"]
-        if "B's bias" in parts:
-            lora.diffs[bias] = lora.diffs.get(bias, 0) + lora.pairs[layer].scale * parts["B's bias"]
-    return lora
-
-
-def _layer(spelling: str) -> str | None:
-    """The original name of a layer in any spelling, or None: `blocks_3_ffn_0` is `blocks.3.ffn.0`."""
-    number = re.findall(r"^blocks[._](\d+)", spelling)
-    layer = _LAYERS.get(re.sub(r"^(blocks[._])\d+", r"\1{}", spelling))
-    return layer and layer.format(*number)
+        got = f"{path}: {len(incomplete)} of {len(set().union(*parts.values()))} layers lack A or B"
+        raise ValueError(f"{got}; first incomplete {incomplete[0]}; fetch the file again, or ask where it came from")
+    peft_alpha = _peft_alpha(path, metadata)
+    pairs = {layer: Pair(A[layer], B[layer], alphas[layer].item() if layer in alphas else peft_alpha) for layer in A}
+    diffs = {
+        layer if layer.endswith("modulation") else f"{layer}.weight": diff for layer, diff in parts["diff"].items()
+    }
+    diffs |= {f"{layer}.bias": diff for layer, diff in parts["bias"].items()}
+    for layer, bias in biases_of_B.items():
+        diffs[f"{layer}.bias"] = diffs.get(f"{layer}.bias", 0) + pairs[layer].scale * bias
+    return LoRA(pairs, diffs)
 
 
 def _peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
@@ -282,9 +260,8 @@ def _tensors(lora: LoRA, to: str) -> dict[str, Tensor]:
     biases = {f"{layer}.bias" for layer in lora.pairs}
     lost = [name for name in lora.diffs if to == "original" or (to == "peft" and name not in biases)]
     if lost:
-        raise ValueError(
-            f"{len(lost)} changes of whole parameters, such as {lost[0]}, have no place in the layout {to}; use comfy"
-        )
+        got = f"{len(lost)} changes of whole parameters, such as {lost[0]}"
+        raise ValueError(f"{got}, have no place in the layout {to}; use comfy")
     tensors = {}
     for layer, (A, B, alpha) in lora.pairs.items():
         name = rename(layer, TRANSFORMER_NAMES) if to == "peft" else layer

@@ -14,10 +14,8 @@ Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 # Original name -> -Diffusers name: substitutions, applied in this order. The way back is the inverse of what they give
 # for the names that a model has.
 TRANSFORMER_NAMES = (
-    (r"^time_embedding\.0\b", "condition_embedder.time_embedder.linear_1"),
-    (r"^time_embedding\.2\b", "condition_embedder.time_embedder.linear_2"),
-    (r"^text_embedding\.0\b", "condition_embedder.text_embedder.linear_1"),
-    (r"^text_embedding\.2\b", "condition_embedder.text_embedder.linear_2"),
+    (r"^(time|text)_embedding\.0\b", r"condition_embedder.\1_embedder.linear_1"),
+    (r"^(time|text)_embedding\.2\b", r"condition_embedder.\1_embedder.linear_2"),
     (r"^time_projection\.1\b", "condition_embedder.time_proj"),
     (r"\.self_attn\.", ".attn1."),
     (r"\.cross_attn\.", ".attn2."),
@@ -30,7 +28,7 @@ TRANSFORMER_NAMES = (
     (r"^head\.modulation\b", "scale_shift_table"),
     (r"\.modulation\b", ".scale_shift_table"),
 )
-# Every layer of a transformer that has parameters, in a block numbered {}. A modulation counts as one.
+# Every layer of a transformer that has parameters, with {} for a block's number. A modulation counts as one.
 TRANSFORMER_LAYERS = (
     "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
     "time_projection.1", "head.head", "head.modulation",
@@ -88,6 +86,17 @@ def rename(name: str, table: Table) -> str:
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+_SPELLINGS = {name: layer for layer in TRANSFORMER_LAYERS for name in (layer, rename(layer, TRANSFORMER_NAMES))}
+_SPELLINGS |= {name.replace(".", "_"): layer for name, layer in _SPELLINGS.items()}
+
+
+def layer_name(spelling: str) -> str | None:
+    """The original name of a layer that is spelled in any way, or None: `blocks_3_ffn_0` is `blocks.3.ffn.0`."""
+    number = re.findall(r"^blocks[._](\d+)", spelling)
+    layer = _SPELLINGS.get(re.sub(r"^(blocks[._])\d+", r"\1{}", spelling))
+    return layer and layer.format(*number)
 
 
 def vae_names(num_res_blocks: int) -> Table:
