@@ -62,8 +62,7 @@ def position_buckets(length: int, num_buckets: int = 32) -> Tensor:
     growth = (MAX_DISTANCE / exact) ** (1 / exact)
     starts = [*range(exact), *(math.ceil(exact * growth**j - 1e-6) for j in range(exact))]
     distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]  # key minus query
-    bucket = torch.bucketize(distance.abs(), torch.tensor(starts), right=True) - 1
-    return bucket + (distance > 0) * (num_buckets // 2)
+    return torch.bucketize(distance.abs(), torch.tensor(starts), right=True) - 1 + (distance > 0) * (num_buckets // 2)
 
 
 class T5Norm(nn.RMSNorm):

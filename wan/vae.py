@@ -300,9 +300,10 @@ def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, before:
         if total is None:
             total = torch.zeros(*part.shape[:-2], height, width, device=x.device)
         down, across = (_fade(length, tile // 32 * after).to(x.device) for length in part.shape[-2:])
+        fade = down[:, None] * across
         place = (..., slice(top * after, bottom * after), slice(left * after, right * after))
-        total[place] += part * (down[:, None] * across)
-        weight[place] += down[:, None] * across
+        total[place] += part * fade
+        weight[place] += fade
     return total.div_(weight).to(part.dtype)
 
 
