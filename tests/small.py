@@ -76,8 +76,8 @@ def random_lora(transformer: Wan, seed: int, rank: int = 2) -> lora.LoRA:
         for name in (f"blocks.{i}.{target}" for target in lora.TARGETS):
             out_features, in_features = transformer.get_submodule(name).weight.shape
             A, B = (torch.randn(n, generator=generator) for n in ((rank, in_features), (out_features, rank)))
-            pairs[name] = (A / in_features**0.5, B / 4, None)
-    return pairs
+            pairs[name] = lora.Pair(A / in_features**0.5, B / 4)
+    return lora.LoRA(pairs)
 
 
 def opened(path) -> checkpoint.Opened:

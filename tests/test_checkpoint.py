@@ -27,7 +27,7 @@ from support import cli
 from wan import checkpoint
 from wan.checkpoint import Preset, save_pipeline, save_preset
 from wan.names import TEXT_NAMES, TRANSFORMER_NAMES, rename, vae_names
-from wan.text import T5Config, UMT5Encoder, train_tokenizer, write_tokenizer
+from wan.text import T5Config, UMT5Encoder, tokenizer_files, train_tokenizer
 from wan.vae import VAEConfig, WanVAE
 
 WAN = WanConfig(
@@ -125,7 +125,10 @@ def write_original(folder, transformer):
 
 def write_beside(folder, small):
     """The parts of an original folder that are not the transformer."""
-    write_tokenizer(folder / "google" / "umt5-xxl", small.tokenizer, WAN.text_len)
+    tokenizer = folder / "google" / "umt5-xxl"
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files(small.tokenizer, WAN.text_len).items():
+        (tokenizer / name).write_text(content, encoding="utf-8")
     torch.save(small.vae.state_dict(), folder / "Wan2.1_VAE.pth")
     torch.save(small.text_encoder.state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
 
@@ -224,7 +227,7 @@ def test_names_are_one_to_one():
     published = replace(WAN, num_layers=40), replace(TEXT, num_layers=24), VAEConfig()
     with torch.device("meta"):
         models = [part(config) for part, config in zip((Wan, UMT5Encoder, WanVAE), published, strict=True)]
-    tables = TRANSFORMER_NAMES, TEXT_NAMES, vae_names(VAEConfig())
+    tables = TRANSFORMER_NAMES, TEXT_NAMES, vae_names(VAEConfig().num_res_blocks)
     for model, table in zip(models, tables, strict=True):
         names = model.state_dict().keys()
         assert len({rename(name, table) for name in names}) == len(names)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from small import Code, call, mistake
 import lora
 from model import Wan, WanConfig
 from wan import checkpoint, names
+from wan.lora_files import LoRA, Pair
 
 GOLDEN = "tests/golden/"
 
@@ -52,12 +54,12 @@ def _random(model, rank=3, alpha=None, seed=0):
     for name in names:
         out_features, in_features = model.get_submodule(name).weight.shape
         A = torch.randn(rank, in_features, generator=generator) / in_features**0.5
-        pairs[name] = (A, torch.randn(out_features, rank, generator=generator) / 10, alpha)
-    return pairs
+        pairs[name] = Pair(A, torch.randn(out_features, rank, generator=generator) / 10, alpha)
+    return LoRA(pairs)
 
 
 def _whole(model, seed=1, kinds=("weight", "bias", "modulation")):
-    """A change of every parameter that no pair can change: norms, biases, modulations, the patches' convolution."""
+    """A diff of every parameter that no pair can change: norms, biases, modulations, the patches' convolution."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(parameter.shape, generator=generator) / 10
@@ -66,21 +68,21 @@ def _whole(model, seed=1, kinds=("weight", "bias", "modulation")):
     }
 
 
-def _merged_as_expected(model, before, changes, strength):
+def _merged_as_expected(model, before, loaded, strength):
     """Every parameter is what the formula says, in fp64: those that the LoRA names, and no other."""
     for name, got in model.state_dict().items():
         expected = before[name].double()
-        if name in changes:
-            expected = expected + strength * changes[name].double()
-        if name.endswith(".weight") and (layer := name.removesuffix(".weight")) in changes:
-            A, B, alpha = changes[layer]
+        if name in loaded.diffs:
+            expected = expected + strength * loaded.diffs[name].double()
+        if name.endswith(".weight") and (layer := name.removesuffix(".weight")) in loaded.pairs:
+            A, B, alpha = loaded.pairs[layer]
             expected = expected + strength * (1 if alpha is None else alpha / A.shape[0]) * B.double() @ A.double()
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def _train(model, pairs):
+def _train(model, trained):
     """Set the pairs of an injected model, as if they had been trained."""
-    for name, (A, B, _) in pairs.items():
+    for name, (A, B, _) in trained.pairs.items():
         model.get_submodule(name).lora_A.data.copy_(A)
         model.get_submodule(name).lora_B.data.copy_(B)
 
@@ -90,9 +92,10 @@ def _snapshot(model):
 
 
 def _same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, (A, B, alpha) in ours.items():
-        assert torch.equal(A, theirs[name][0]) and torch.equal(B, theirs[name][1]) and alpha == theirs[name][2], name
+    assert ours.pairs.keys() == theirs.pairs.keys() and not ours.diffs and not theirs.diffs
+    for name, (A, B, alpha) in ours.pairs.items():
+        other = theirs.pairs[name]
+        assert torch.equal(A, other.A) and torch.equal(B, other.B) and alpha == other.alpha, name
 
 
 def _error(ours, theirs):
@@ -116,91 +119,73 @@ def test_merge_is_the_published_one(wan, inputs, official, tmp_path):
 @pytest.mark.parametrize("alpha", [None, 2.0, 12.0])
 def test_merge_agrees_with_peft(wan, golden, alpha):
     peft = pytest.importorskip("peft")
-    pairs = _random(wan, rank=3, alpha=alpha)
+    change = _random(wan, rank=3, alpha=alpha)
     other = Wan(golden[0])
     other.load_state_dict(wan.state_dict())
-    settings = peft.LoraConfig(r=3, lora_alpha=3 if alpha is None else alpha, target_modules=list(pairs))
+    settings = peft.LoraConfig(r=3, lora_alpha=3 if alpha is None else alpha, target_modules=list(change.pairs))
     other = peft.get_peft_model(other, settings)
-    for name, (A, B, _) in pairs.items():
+    for name, (A, B, _) in change.pairs.items():
         layer = other.base_model.model.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(A)
         layer.lora_B["default"].weight.data.copy_(B)
     theirs = other.merge_and_unload().state_dict()
     before = _snapshot(wan)
-    lora.merge(wan, pairs)
+    lora.merge(wan, change)
     for name, weight in wan.state_dict().items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-6)
-        assert torch.equal(weight, before[name]) != (name.removesuffix(".weight") in pairs), name
+        assert torch.equal(weight, before[name]) != (name.removesuffix(".weight") in change.pairs), name
 
 
 def test_sum_in_fp32_and_cast_back(wan):
     wan.to(torch.bfloat16)
-    pairs, before = _random(wan), _snapshot(wan)
-    lora.merge(wan, pairs, 0.7)
-    for name, (A, B, _) in pairs.items():
+    change, before = _random(wan), _snapshot(wan)
+    lora.merge(wan, change, 0.7)
+    for name, (A, B, _) in change.pairs.items():
         weight = wan.get_submodule(name).weight
         expected = before[name + ".weight"].double() + 0.7 * B.double() @ A.double()
         assert weight.dtype == torch.bfloat16
         assert ((weight.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerge_is_exact_again_and_again(wan, dtype):
-    wan.to(dtype)
-    before, pairs = _snapshot(wan), _random(wan)
-    for strength in (1.4, 1.7, -0.3):
-        originals = lora.merge(wan, pairs, strength, keep=True)
-        assert not torch.equal(wan.blocks[0].ffn[0].weight, before["blocks.0.ffn.0.weight"])
-        lora.unmerge(wan, originals)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
-    assert lora.merge(wan, pairs) is None
-
-
-def test_two_loras_unmerge_last_first(wan):
-    before = _snapshot(wan)
-    kept = [lora.merge(wan, _random(wan, seed=seed), keep=True) for seed in (1, 2)]
-    for originals in reversed(kept):
-        lora.unmerge(wan, originals)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
-    with pytest.raises(ValueError, match="no nowhere.weight"):
-        lora.unmerge(wan, {"nowhere.weight": torch.zeros(1)})
-
-
 def test_ranks_may_differ_from_layer_to_layer(wan):
     before = _snapshot(wan)
     two, five = _random(wan, rank=2, alpha=1.0), _random(wan, rank=5, alpha=1.0)
-    pairs = {name: (two if i % 2 else five)[name] for i, name in enumerate(two)}
+    pairs = {name: (two if i % 2 else five).pairs[name] for i, name in enumerate(two.pairs)}
     assert {len(A) for A, _, _ in pairs.values()} == {2, 5}
-    lora.merge(wan, pairs, 1.4)
+    lora.merge(wan, LoRA(pairs), 1.4)
     for name, (A, B, _) in pairs.items():
         expected = before[name + ".weight"] + 1.4 / len(A) * B @ A
         torch.testing.assert_close(wan.get_submodule(name).weight.data, expected, rtol=1e-5, atol=1e-6)
 
 
-def _rename_last(pairs):
+def _rename_last(pairs, diffs):
     pairs["blocks.9.ffn.2"] = pairs.pop("blocks.1.ffn.2")
 
 
-def _name_a_norm(pairs):
+def _name_a_norm(pairs, diffs):
     pairs["blocks.0.norm3"] = pairs.pop("blocks.1.ffn.2")
 
 
-def _narrow_the_last(pairs):
+def _narrow_the_last(pairs, diffs):
     A, B, alpha = pairs["blocks.1.ffn.2"]
-    pairs["blocks.1.ffn.2"] = (A[:, 1:], B, alpha)
+    pairs["blocks.1.ffn.2"] = Pair(A[:, 1:], B, alpha)
 
 
-def _misfit_ranks(pairs):
+def _misfit_ranks(pairs, diffs):
     A, B, alpha = pairs["blocks.1.ffn.2"]
-    pairs["blocks.1.ffn.2"] = (A[1:], B, alpha)
+    pairs["blocks.1.ffn.2"] = Pair(A[1:], B, alpha)
 
 
-def _add_a_bias_to_a_norm_without(pairs):
-    pairs["blocks.0.self_attn.norm_q.bias"] = torch.zeros(48)
+def _add_a_bias_to_a_norm_without(pairs, diffs):
+    diffs["blocks.0.self_attn.norm_q.bias"] = torch.zeros(48)
 
 
-def _shorten_a_bias(pairs):
-    pairs["head.head.bias"] = torch.zeros(63)
+def _shorten_a_bias(pairs, diffs):
+    diffs["head.head.bias"] = torch.zeros(63)
+
+
+def _empty(pairs, diffs):
+    pairs.clear()
 
 
 @pytest.mark.parametrize(
@@ -212,25 +197,24 @@ def _shorten_a_bias(pairs):
         (_misfit_ranks, r"blocks\.1\.ffn\.2 has A \(2, 96\) and B \(48, 3\)"),
         (_add_a_bias_to_a_norm_without, r"matched 20 of 21 .*; first unmatched blocks\.0\.self_attn\.norm_q\.bias"),
         (_shorten_a_bias, r"change of head\.head\.bias is \(63,\), expected \(64,\)"),
-        (dict.clear, "matched 0 of 0 layers"),
+        (_empty, "matched 0 of 0 layers"),
     ],
 )
 def test_a_lora_that_does_not_fit_changes_nothing(wan, spoil, message):
-    pairs, before = _random(wan), _snapshot(wan)
-    spoil(pairs)
+    change, before = _random(wan), _snapshot(wan)
+    spoil(change.pairs, change.diffs)
     with pytest.raises(ValueError, match=message):
-        lora.merge(wan, pairs)
+        lora.merge(wan, change)
     assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
 
 
-def test_unmerge_takes_back_whole_changes_as_well(wan):
+def test_pairs_and_diffs_add_up(wan):
     before = _snapshot(wan)
-    changes = {**_random(wan), **_whole(wan), "blocks.0.ffn.0.weight": torch.ones(96, 48)}  # two of one weight
-    originals = lora.merge(wan, changes, 1.4, keep=True)
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items() if name in originals)
-    _merged_as_expected(wan, before, changes, 1.4)
-    lora.unmerge(wan, originals)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in wan.state_dict().items())
+    change = LoRA(_random(wan).pairs, {**_whole(wan), "blocks.0.ffn.0.weight": torch.ones(96, 48)})  # two of one weight
+    lora.merge(wan, change, 1.4)
+    changed = {*change.diffs, *(f"{layer}.weight" for layer in change.pairs)}
+    assert {name for name, tensor in wan.state_dict().items() if not torch.equal(tensor, before[name])} == changed
+    _merged_as_expected(wan, before, change, 1.4)
 
 
 def test_strength_must_be_finite(wan):
@@ -277,12 +261,12 @@ def test_some_targets_only(wan):
 @torch.no_grad()
 @pytest.mark.parametrize("alpha, strength", [(None, 1.0), (9.0, 1.0), (None, 1.4)])
 def test_merged_equals_unmerged(wan, golden, inputs, alpha, strength):
-    pairs = _random(wan)
+    change = _random(wan)
     base = wan(*inputs)
     lora.inject(wan, rank=3, alpha=alpha)
-    _train(wan, pairs)
+    _train(wan, change)
     trained = lora.extract(wan)
-    for name in pairs:
+    for name in change.pairs:
         wan.get_submodule(name).alpha *= strength
     injected = wan(*inputs)
     merged = Wan(golden[0]).eval()
@@ -330,17 +314,18 @@ def test_injection_mistakes(wan):
 def test_round_trip(wan, tmp_path, alpha):
     lora.inject(wan, rank=3, alpha=alpha)
     _train(wan, _random(wan))
-    pairs = lora.extract(wan)
+    extracted = lora.extract(wan)
     path = tmp_path / "new" / "mine.safetensors"
-    lora.save(path, pairs, base="tiny", metadata={"steps": "900"})
+    lora.save(path, extracted, base="tiny", metadata={"steps": "900"})
     # alpha = rank is the scale 1, which needs no alpha in the file
-    _same(lora.load(path), {name: (A, B, alpha if alpha == 8.0 else None) for name, (A, B, _) in pairs.items()})
+    written = alpha if alpha == 8.0 else None
+    _same(lora.load(path), LoRA({name: Pair(A, B, written) for name, (A, B, _) in extracted.pairs.items()}))
     with safe_open(path, "pt") as file:
         shown = f"{alpha or 3.0:g}"
         assert file.metadata() == {"format": "pt", "rank": "3", "alpha": shown, "base": "tiny", "steps": "900"}
     assert [entry.name for entry in path.parent.iterdir()] == ["mine.safetensors"]
     with pytest.raises(ValueError, match="no LoRA pairs"):
-        lora.save(path, {})
+        lora.save(path, LoRA())
 
 
 PEFT_NAMES = {
@@ -382,9 +367,9 @@ def test_each_layout(wan, tmp_path, pattern, suffix, dtype, alpha, writer):
     """The keys of each program, with a rank for each layer, merged as the formula says."""
     two, five = _random(wan, rank=2, alpha=alpha), _random(wan, rank=5, alpha=alpha)
     pairs, tensors = {}, {}
-    for i, name in enumerate(two):
-        A, B, _ = (two if i % 3 else five)[name]
-        pairs[name] = (A.to(dtype), B.to(dtype), alpha)
+    for i, name in enumerate(two.pairs):
+        A, B, _ = (two if i % 3 else five).pairs[name]
+        pairs[name] = Pair(A.to(dtype), B.to(dtype), alpha)
         _, block, layer = name.split(".", 2)
         names = {"name": name, "flat": name.replace(".", "_"), "peft": f"blocks.{block}.{PEFT_NAMES[layer]}"}
         for tensor, AB, down_up in zip(pairs[name][:2], ("A", "B"), ("down", "up"), strict=True):
@@ -397,9 +382,16 @@ def test_each_layout(wan, tmp_path, pattern, suffix, dtype, alpha, writer):
 
     before = _snapshot(wan)
     lora.merge(wan, lora.load(path), 1.4)
-    _merged_as_expected(wan, before, pairs, 1.4)
+    _merged_as_expected(wan, before, LoRA(pairs), 1.4)
     shown = call(lora, "inspect", path)
     assert shown.status == 0 and f"written by  {writer}" in shown.out and "rank        2, 5\n" in shown.out
+
+
+def test_the_table_of_layers_names_every_parameter(wan):
+    parameters = [name for name in wan.state_dict() if not name.endswith(".bias")]
+    layers = {re.sub(r"^blocks\.\d+", "blocks.{}", name.removesuffix(".weight")) for name in parameters}
+    assert sorted(names.TRANSFORMER_LAYERS) == sorted(layers)
+    assert names.rename("blocks.3.ffn.0", names.TRANSFORMER_NAMES) == "blocks.3.ffn.net.0.proj"
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -407,40 +399,40 @@ def test_each_layout(wan, tmp_path, pattern, suffix, dtype, alpha, writer):
 def test_whole_changes_of_every_parameter_in_every_spelling(theirs, flat, tmp_path):
     """`.diff`, `.diff_b` and `.diff_m`, as LightX2V and ComfyUI extract them, also outside of the ten layers."""
     model = Wan(WanConfig(12, 16, 8, num_heads=2, num_layers=12, text_dim=6))
-    before, changes, tensors = _snapshot(model), {}, {}
+    before, diffs, tensors = _snapshot(model), {}, {}
     for name, parameter in model.named_parameters():
-        changes[name] = torch.randn_like(parameter)
+        diffs[name] = torch.randn_like(parameter)
         layer, _, kind = (names.rename(name, names.TRANSFORMER_NAMES) if theirs else name).rpartition(".")
         spelled = f"{layer}.{kind}".lstrip(".") if "bias" not in kind and "weight" not in kind else layer
         spelled = "lora_unet_" + spelled.replace(".", "_") if flat else "diffusion_model." + spelled
-        tensors[spelled + (".diff_b" if kind == "bias" else ".diff")] = changes[name]
+        tensors[spelled + (".diff_b" if kind == "bias" else ".diff")] = diffs[name]
     if not theirs and not flat:
         for name in ("blocks.11", "head"):
             tensors[f"diffusion_model.{name}.diff_m"] = tensors.pop(f"diffusion_model.{name}.modulation.diff")
     save_file(tensors, tmp_path / "lora.safetensors")
     lora.merge(model, lora.load(tmp_path / "lora.safetensors"), -0.7)
-    _merged_as_expected(model, before, changes, -0.7)
+    _merged_as_expected(model, before, LoRA(diffs=diffs), -0.7)
 
 
 def test_pairs_outside_of_the_ten_layers(wan, tmp_path):
     """CausVid changes every linear layer, and an extraction also the convolution that cuts patches."""
     generator = torch.Generator().manual_seed(0)
     names = ("time_projection.1", "text_embedding.2", "time_embedding.0", "head.head")
-    changes = {}
+    pairs = {}
     for name in names:
         rows, columns = wan.get_submodule(name).weight.shape
-        changes[name] = (torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator), None)
+        pairs[name] = Pair(torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator))
     A, B = torch.randn(3, 16, 1, 2, 2, generator=generator), torch.randn(48, 3, 1, 1, 1, generator=generator)
     tensors = {
-        f"{name}.lora_{part}.weight": change[i] for name, change in changes.items() for i, part in enumerate("AB")
+        f"{name}.lora_{part}.weight": getattr(pair, part) for name, pair in pairs.items() for part in "AB"
     }
     save_file(
         {**tensors, "patch_embedding.lora_A.weight": A, "patch_embedding.lora_B.weight": B}, tmp_path / "a.safetensors"
     )
     before = _snapshot(wan)
     lora.merge(wan, lora.load(tmp_path / "a.safetensors"), 0.5)
-    changes["patch_embedding.weight"] = torch.einsum("orabc,rixyz->oixyz", B, A)
-    _merged_as_expected(wan, before, changes, 0.5)
+    change = LoRA(pairs, {"patch_embedding.weight": torch.einsum("orabc,rixyz->oixyz", B, A)})
+    _merged_as_expected(wan, before, change, 0.5)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter")  # PEFT's own, about the biases that it writes
@@ -530,21 +522,21 @@ def test_unreadable_files(tmp_path):
 
 
 def test_equal_input_gives_equal_bytes(wan, tmp_path):
-    pairs = _random(wan, alpha=2.5)
+    change = _random(wan, alpha=2.5)
     metadata = {key: 'ä " \\ \n' + key for key in "hgfedcba"}
     for i, order in enumerate((list(metadata), sorted(metadata))):
-        lora.save(tmp_path / f"{i}.safetensors", pairs, base="tiny", metadata={key: metadata[key] for key in order})
+        lora.save(tmp_path / f"{i}.safetensors", change, base="tiny", metadata={key: metadata[key] for key in order})
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
     with safe_open(tmp_path / "0.safetensors", "pt") as file:
         assert file.metadata() == {**metadata, "format": "pt", "rank": "3", "alpha": "2.5", "base": "tiny"}
-    _same(lora.load(tmp_path / "0.safetensors"), pairs)
+    _same(lora.load(tmp_path / "0.safetensors"), change)
 
 
 @pytest.mark.parametrize("to", ["comfy", "peft", "original"])
 def test_convert(wan, tmp_path, to):
     """From musubi-tuner's keys to each layout and back to memory: the same change, byte for byte the same file."""
-    pairs, tensors = _random(wan, rank=4, alpha=6.0), {}
-    for name, (A, B, alpha) in pairs.items():
+    change, tensors = _random(wan, rank=4, alpha=6.0), {}
+    for name, (A, B, alpha) in change.pairs.items():
         flat = "lora_unet_" + name.replace(".", "_")
         tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(alpha)}
     save_file(tensors, tmp_path / "in.safetensors", {"base": "a model", "lora_adapter_metadata": "{}"})
@@ -560,7 +552,7 @@ def test_convert(wan, tmp_path, to):
         assert file.metadata() == shown
     before = _snapshot(wan)
     lora.merge(wan, lora.load(out), 1.4)
-    _merged_as_expected(wan, before, pairs, 1.4)
+    _merged_as_expected(wan, before, change, 1.4)
 
     again = tmp_path / "again.safetensors"
     assert call(lora, "convert", out, again, "--to", to).status == 0
@@ -571,10 +563,10 @@ def test_convert(wan, tmp_path, to):
 
 
 def test_convert_keeps_whole_changes_or_refuses(wan, tmp_path):
-    changes, before = {**_random(wan, alpha=2.0), **_whole(wan)}, _snapshot(wan)
-    lora.save(tmp_path / "a.safetensors", changes)
+    change, before = LoRA(_random(wan, alpha=2.0).pairs, _whole(wan)), _snapshot(wan)
+    lora.save(tmp_path / "a.safetensors", change)
     lora.merge(wan, lora.load(tmp_path / "a.safetensors"), 1.4)
-    _merged_as_expected(wan, before, changes, 1.4)
+    _merged_as_expected(wan, before, change, 1.4)
     count = len(_whole(wan))
     for to, lost in (("peft", count - 20), ("original", count)):  # PEFT has the biases of the twenty pairs
         ended = call(lora, "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", to)
@@ -582,20 +574,17 @@ def test_convert_keeps_whole_changes_or_refuses(wan, tmp_path):
     mistake(call(lora, "convert", tmp_path / "a.safetensors"), "expected convert IN OUT")
     mistake(call(lora, "convert", tmp_path / "a.safetensors", tmp_path / "b.pt"), "ends in .safetensors")
     with pytest.raises(ValueError, match="layout kohya, expected one of comfy, peft, original"):
-        lora.save(tmp_path / "b.safetensors", changes, to="kohya")
+        lora.save(tmp_path / "b.safetensors", change, to="kohya")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_inspect(wan, tmp_path):
     A, B = torch.zeros(2, 48), torch.zeros(48, 2)
     A[0, 0], B[0, 0], B[1, 0] = 2.0, 3.0, 4.0  # of norm 2 and 5
-    changes = {
-        "blocks.0.self_attn.q": (A, B, 1.0),
-        "blocks.1.self_attn.q": (A.clone(), B.clone(), None),
-        "head.modulation": A.clone()[None],
-    }
+    pairs = {"blocks.0.self_attn.q": Pair(A, B, 1.0), "blocks.1.self_attn.q": Pair(A.clone(), B.clone())}
+    diffs = {"head.modulation": A.clone()[None]}
     path = tmp_path / "a.safetensors"
-    lora.save(path, changes, base="tiny", metadata={"steps": "900"})
+    lora.save(path, LoRA(pairs, diffs), base="tiny", metadata={"steps": "900"})
     checkpoint.save_pipeline(tmp_path / "model", wan)
     shown = call(lora, "inspect", path, "--model", tmp_path / "model")
     assert shown.status == 0, shown.err
@@ -606,7 +595,7 @@ def test_inspect(wan, tmp_path):
     assert rows["matched"].startswith("3 of 3 in")
     assert rows["strongest"] == "blocks.1.self_attn.q (10), blocks.0.self_attn.q (5), head.modulation (2)"
 
-    lora.save(path, {**changes, "blocks.2.ffn.0": (A.clone(), B.clone(), None)})
+    lora.save(path, LoRA({**pairs, "blocks.2.ffn.0": Pair(A.clone(), B.clone())}, diffs))
     mistake(call(lora, "inspect", path, "--model", tmp_path / "model"), "matched 3 of 4", "blocks.2.ffn.0")
 
 
@@ -642,13 +631,13 @@ def test_diffusers_reads_our_file(wan, golden, tmp_path, alpha, to):
     theirs = _diffusers_model(golden[0], wan)
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
-    changes = _random(wan, rank=3, alpha=alpha)
+    change = _random(wan, rank=3, alpha=alpha)
     if alpha is not None:
-        changes["blocks.1.ffn.0.bias"] = torch.randn(96)
-    lora.save(tmp_path / "mine.safetensors", changes, base="tiny", to=to)
+        change.diffs["blocks.1.ffn.0.bias"] = torch.randn(96)
+    lora.save(tmp_path / "mine.safetensors", change, base="tiny", to=to)
     state = WanLoraLoaderMixin.lora_state_dict(str(tmp_path), weight_name="mine.safetensors")
     theirs.load_lora_adapter(state)
-    lora.merge(wan, changes)
+    lora.merge(wan, change)
     _agree(wan, theirs, golden[1])
 
 

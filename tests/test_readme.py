@@ -26,19 +26,18 @@ import pytest
 from small import opened
 
 import flow
-import lora
 import sample
 import tasks
 import train
 from support import cli, dataset, report
 from toy import grow, judge, world
-from wan import checkpoint
+from wan import checkpoint, lora_files
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = {
     "sample.py": sample.SampleConfig, "train.py": train.TrainConfig, "tasks.py": tasks.Config,
-    "lora.py": lora.LoRAConfig, "-m toy.world": world.WorldConfig, "-m toy.grow": grow.TinyConfig,
+    "lora.py": lora_files.LoRAConfig, "-m toy.world": world.WorldConfig, "-m toy.grow": grow.TinyConfig,
     "-m toy.judge": judge.JudgeConfig, "-m support.report": report.ReportConfig,
 }  # fmt: skip
 SHORTER = {"train.py": ["--steps", "2"], "-m toy.world": ["--count", "2"]}

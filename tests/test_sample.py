@@ -420,8 +420,8 @@ def test_loras_add_up(model, tmp_path):
         lora.save(path, pairs)
     flags = {"lora": (f"{paths[0]}:0.5", f"{paths[1]}:-0.25"), "model": str(model), "dtype": "float32"}
     merged = sample.load_expert(sample.resolve(SampleConfig(task="t2v", **flags)))
-    for name, (A, B, _) in one.items():
-        expected = base.get_submodule(name).weight + 0.5 * B @ A - 0.25 * other[name][1] @ other[name][0]
+    for name, (A, B, _) in one.pairs.items():
+        expected = base.get_submodule(name).weight + 0.5 * B @ A - 0.25 * other.pairs[name].B @ other.pairs[name].A
         torch.testing.assert_close(merged.get_submodule(name).weight, expected)
 
     twice = _latents(model, "t2v", lora=(f"{paths[0]}:0.5", f"{paths[0]}:0.5"))
@@ -638,7 +638,7 @@ def test_each_expert_takes_its_own_guidance_and_loras(run, two, model, calls, tm
     assert (settings["guidance"], settings["guidance_2"], settings["boundary"]) == (2.0, 1.0, 0.9)
 
     config = sample.resolve(SampleConfig(model=str(two), dtype="float32", lora=tuple(settings["lora"])))
-    change, other = (lora.load(path)["blocks.0.ffn.0"] for path in (one, own))
+    change, other = (lora.load(path).pairs["blocks.0.ffn.0"] for path in (one, own))
     base = checkpoint.load_transformer(model).blocks[0].ffn[0].weight
     high, low = (sample.load_expert(config, expert).blocks[0].ffn[0].weight for expert in ("high", "low"))
     torch.testing.assert_close(high, base + 0.75 * change[1] @ change[0])
@@ -945,14 +945,14 @@ def test_positions_without_images_are_not_dropped(run, made):
 
 
 def test_a_lora_that_does_not_match_tells_how_much_did(run, made, model, tmp_path):
-    pairs = random_lora(checkpoint.load_transformer(model), seed=1)
-    pairs["blocks.2.ffn.0"] = tuple(matrix.clone() for matrix in pairs["blocks.0.ffn.0"][:2]) + (None,)
-    lora.save(tmp_path / "deep.safetensors", pairs)
+    pairs = random_lora(checkpoint.load_transformer(model), seed=1).pairs
+    A, B, _ = pairs["blocks.0.ffn.0"]
+    lora.save(tmp_path / "deep.safetensors", lora.LoRA({**pairs, "blocks.2.ffn.0": lora.Pair(A.clone(), B.clone())}))
     mistake(run("--task", "t2v", "--lora", tmp_path / "deep.safetensors"), "20 of 21", "blocks.2.ffn.0", "nothing was")
     save_file({"text_model.q.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     mistake(run("--task", "t2v", "--lora", tmp_path / "other.safetensors"), "0 of 1", "text_model.q.weight")
-    wide = {name: (A.repeat(1, 2), B, None) for name, (A, B, _) in pairs.items() if name != "blocks.2.ffn.0"}
-    lora.save(tmp_path / "wide.safetensors", wide)
+    wide = {name: lora.Pair(A.repeat(1, 2), B) for name, (A, B, _) in pairs.items()}
+    lora.save(tmp_path / "wide.safetensors", lora.LoRA(wide))
     mistake(run("--task", "t2v", "--lora", tmp_path / "wide.safetensors"), "(rank, 48)")
     assert made() == []
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from wan.text import T5Config, Tokenizer, UMT5Encoder, clean, embed, position_buckets, train_tokenizer, write_tokenizer
+from wan.text import T5Config, Tokenizer, UMT5Encoder, clean, embed, position_buckets, tokenizer_files, train_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "text.safetensors"
 SMALL = T5Config(vocab_size=50, dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2)
@@ -42,6 +42,11 @@ def batch():
     ids = torch.randint(0, SMALL.vocab_size, (2, 150), generator=torch.Generator().manual_seed(1))
     mask = torch.arange(150) < torch.tensor([[150], [7]])
     return ids, mask
+
+
+def write_tokenizer(folder, text_len):
+    for name, content in tokenizer_files(train_tokenizer(CAPTIONS), text_len).items():
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def in_transformers(encoder):
@@ -198,7 +203,7 @@ def test_trained_tokenizer_is_deterministic_and_closed(tmp_path):
 
 @pytest.mark.parametrize("load", [AutoTokenizer.from_pretrained, PreTrainedTokenizerFast.from_pretrained])
 def test_transformers_reads_the_tokenizer_and_gives_the_same_ids(tmp_path, load):
-    write_tokenizer(tmp_path, train_tokenizer(CAPTIONS), text_len=8)
+    write_tokenizer(tmp_path, text_len=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     # words unknown, none at all, longer than 8 tokens, exactly 8 with </s>, in upper case, with a special token
     prompts = [*CAPTIONS, "an unseen word", "", "red " * 20, "red " * 7, "BLUE Square?!", "red <pad> circle </s>"]
@@ -220,7 +225,7 @@ def test_transformers_reads_the_tokenizer_and_gives_the_same_ids(tmp_path, load)
 
 
 def test_truncation_keeps_the_end_token_and_padding_is_masked(tmp_path):
-    write_tokenizer(tmp_path, train_tokenizer(CAPTIONS), text_len=6)
+    write_tokenizer(tmp_path, text_len=6)
     tokenizer = Tokenizer(tmp_path / "tokenizer.json", text_len=6)
     ids, mask = tokenizer(["red " * 20, " red &#32; circle ", ""])
     red, circle = (tokenizer.tokenizer.token_to_id(word) for word in ("red", "circle"))
@@ -243,7 +248,7 @@ def test_tokenizer_mistakes_are_sentences(tmp_path):
 
 @torch.no_grad()
 def test_embed_pads_each_prompt_with_zeros_and_does_not_mix_them(tmp_path):
-    write_tokenizer(tmp_path, train_tokenizer(CAPTIONS), text_len=12)
+    write_tokenizer(tmp_path, text_len=12)
     tokenizer, encoder = Tokenizer(tmp_path / "tokenizer.json", 12), UMT5Encoder(SMALL)
     prompts = ["a red circle", "red"]
     context = embed(tokenizer, encoder, prompts)

@@ -188,9 +188,9 @@ def test_one_command_grows_a_model_from_nothing_and_does_nothing_twice(tmp_path)
     grown = call(grow, *flags, "--work", tmp_path / "work", "--out", out)
     assert grown.status == 0, grown.err
     opened = checkpoint.open(out, Wan)
-    matrices = lora.load(out / "lora.safetensors")
-    lora.merge(opened.transformer(), matrices, opened.preset.strength)
-    assert {part.dtype for pair in matrices.values() for part in pair[:2]} == {torch.bfloat16}
+    change = lora.load(out / "lora.safetensors")
+    lora.merge(opened.transformer(), change, opened.preset.strength)
+    assert {matrix.dtype for A, B, _ in change.pairs.values() for matrix in (A, B)} == {torch.bfloat16}
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again = call(grow, *flags, "--work", tmp_path / "work", "--out", out)
     assert again.status == 0 and "training" not in again.err + again.out

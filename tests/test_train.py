@@ -105,7 +105,7 @@ def test_a_lora_leaves_the_model_as_it_was_and_trains_ten_layers_of_each_block(r
     assert result.out.split() == [str(tmp_path / "out" / n) for n in (path.name, "filmstrip.png", "report.html")]
     written = lora.load(path)
     assert len(written) == 20
-    for name, (A, B, alpha) in written.items():
+    for name, (A, B, alpha) in written.pairs.items():
         assert A.shape[0] == 3 and alpha == 6
         assert torch.equal(A, after[f"{name}.lora_A"]) and torch.equal(B, after[f"{name}.lora_B"])
         assert B.abs().max() > 0, "every pair has been trained"
@@ -243,7 +243,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(model):
 def test_bfloat16_trains_pairs_that_stay_fp32(run, loaded, model, tmp_path):
     result = run("--dtype", "bfloat16", "--steps", 2)
     assert result.status == 0, result.err
-    A, B, _ = lora.load(tmp_path / "out" / "lora.safetensors")["blocks.0.ffn.0"]
+    A, B, _ = lora.load(tmp_path / "out" / "lora.safetensors").pairs["blocks.0.ffn.0"]
     assert A.dtype == B.dtype == torch.float32 and B.abs().max() > 0
     assert A.bfloat16().float().ne(A).any(), "steps finer than bf16"
 
@@ -653,10 +653,10 @@ def test_a_batch_is_of_one_shape_and_parts_of_it_are_the_whole():
 @pytest.mark.parametrize("flags", [("--accumulate", 2), ("--gradient-checkpointing",)])
 def test_saving_memory_changes_nothing_but_rounding(flags, run, whole, tmp_path):
     assert run(*flags, "--batch", 2).status == 0
-    made = lora.load(tmp_path / "out" / "lora.safetensors")
+    made = lora.load(tmp_path / "out" / "lora.safetensors").pairs
     (tmp_path / "whole.safetensors").write_bytes(whole)
     # Adam divides gradients by their size, so where they are nearly 0, rounding shows.
-    for name, (A, B, _) in lora.load(tmp_path / "whole.safetensors").items():
+    for name, (A, B, _) in lora.load(tmp_path / "whole.safetensors").pairs.items():
         for a, b in ((A, made[name][0]), (B, made[name][1])):
             assert (a - b).norm() < 1e-3 * a.norm()
 

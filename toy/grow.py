@@ -78,7 +78,8 @@ def grow(config: TinyConfig) -> None:
         compile=config.compile,
     )  # fmt: skip
     train_or_resume(finetuning, pusa)
-    halved = {name: (A.bfloat16(), B.bfloat16(), alpha) for name, (A, B, alpha) in lora.load(pusa).items()}
+    pairs = lora.load(pusa).pairs.items()
+    halved = lora.LoRA({layer: lora.Pair(A.bfloat16(), B.bfloat16(), alpha) for layer, (A, B, alpha) in pairs})
     lora.save(out / "lora.safetensors", halved, base=str(out))
 
 

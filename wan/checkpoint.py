@@ -100,7 +100,7 @@ class Diffusers:
 
     def table(self, part: str, config: Any) -> names.Table:
         if part == "vae":
-            return names.vae_names(config)
+            return names.vae_names(config.num_res_blocks)
         return names.TEXT_NAMES if part == "text_encoder" else names.TRANSFORMER_NAMES
 
 

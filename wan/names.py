@@ -1,4 +1,4 @@
-"""What tensors and config fields of a Wan model are called in a -Diffusers folder.
+"""What the tensors of a Wan model are called in a -Diffusers folder.
 
 Everywhere else they have their original names, those of the files that the authors of Wan2.1 published. Each table is
 a list of substitutions for one part of the model:
@@ -9,29 +9,34 @@ a list of substitutions for one part of the model:
 import re
 from collections.abc import Callable
 
-from wan.vae import VAEConfig
-
 Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 
 # Original name -> -Diffusers name: substitutions, applied in this order. The way back is the inverse of what they give
 # for the names that a model has.
 TRANSFORMER_NAMES = (
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^(time|text)_embedding\.0\b", r"condition_embedder.\1_embedder.linear_1"),
+    (r"^(time|text)_embedding\.2\b", r"condition_embedder.\1_embedder.linear_2"),
+    (r"^time_projection\.1\b", "condition_embedder.time_proj"),
     (r"\.self_attn\.", ".attn1."),
     (r"\.cross_attn\.", ".attn2."),
-    (r"\.([qkv])\.", r".to_\1."),
-    (r"\.o\.", ".to_out.0."),
-    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
-    (r"\.ffn\.2\.", ".ffn.net.2."),
-    (r"\.norm3\.", ".norm2."),  # the affine norm; the other two have no weights
-    (r"^head\.head\.", "proj_out."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"\.modulation$", ".scale_shift_table"),
+    (r"\.([qkv])\b", r".to_\1"),
+    (r"\.o\b", ".to_out.0"),
+    (r"\.ffn\.0\b", ".ffn.net.0.proj"),
+    (r"\.ffn\.2\b", ".ffn.net.2"),
+    (r"\.norm3\b", ".norm2"),  # the affine norm; the other two have no weights
+    (r"^head\.head\b", "proj_out"),
+    (r"^head\.modulation\b", "scale_shift_table"),
+    (r"\.modulation\b", ".scale_shift_table"),
 )
+# Every layer of a transformer that has parameters, with {} for a block's number. A modulation counts as one.
+TRANSFORMER_LAYERS = (
+    "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
+    "time_projection.1", "head.head", "head.modulation",
+    "blocks.{}.self_attn.q", "blocks.{}.self_attn.k", "blocks.{}.self_attn.v", "blocks.{}.self_attn.o",
+    "blocks.{}.self_attn.norm_q", "blocks.{}.self_attn.norm_k", "blocks.{}.norm3", "blocks.{}.modulation",
+    "blocks.{}.cross_attn.q", "blocks.{}.cross_attn.k", "blocks.{}.cross_attn.v", "blocks.{}.cross_attn.o",
+    "blocks.{}.cross_attn.norm_q", "blocks.{}.cross_attn.norm_k", "blocks.{}.ffn.0", "blocks.{}.ffn.2",
+)  # fmt: skip
 VAE_NAMES = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -60,20 +65,6 @@ TEXT_NAMES = (
     (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
     (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
 )
-# Our config field -> theirs. `dim` of the transformer and `dim_attn` of the encoder are products there.
-TRANSFORMER_FIELDS = {
-    "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "in_dim": "in_channels", "out_dim": "out_channels", "eps": "eps",
-    "num_heads": "num_attention_heads", "num_layers": "num_layers", "text_dim": "text_dim", "patch_size": "patch_size",
-    "text_len": "text_len",
-}  # fmt: skip
-VAE_FIELDS = {
-    "dim": "base_dim", "z_dim": "z_dim", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
-    "temporal_downsample": "temperal_downsample", "latents_mean": "latents_mean", "latents_std": "latents_std",
-}  # fmt: skip
-TEXT_FIELDS = {
-    "vocab_size": "vocab_size", "dim": "d_model", "dim_ffn": "d_ff", "num_heads": "num_heads",
-    "num_layers": "num_layers", "num_buckets": "relative_attention_num_buckets",
-}  # fmt: skip
 
 
 def rename(name: str, table: Table) -> str:
@@ -83,9 +74,20 @@ def rename(name: str, table: Table) -> str:
     return name
 
 
-def vae_names(config: VAEConfig) -> Table:
+_SPELLINGS = {name: layer for layer in TRANSFORMER_LAYERS for name in (layer, rename(layer, TRANSFORMER_NAMES))}
+_SPELLINGS |= {name.replace(".", "_"): layer for name, layer in _SPELLINGS.items()}
+
+
+def layer_name(spelling: str) -> str | None:
+    """The original name of a layer that is spelled in any way, or None: `blocks_3_ffn_0` is `blocks.3.ffn.0`."""
+    number = re.findall(r"^blocks[._](\d+)", spelling)
+    layer = _SPELLINGS.get(re.sub(r"^(blocks[._])\d+", r"\1{}", spelling))
+    return layer and layer.format(*number)
+
+
+def vae_names(num_res_blocks: int) -> Table:
     """`VAE_NAMES` and the decoder's blocks: on each level `num_res_blocks + 1` residual ones, then an upsampling."""
-    residual = config.num_res_blocks + 1
+    residual = num_res_blocks + 1
 
     def block(match: re.Match) -> str:
         level, i = divmod(int(match[1]), residual + 1)

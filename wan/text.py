@@ -6,12 +6,13 @@ umT5 is T5's encoder with a relative position bias in every block. A block is pr
     x ← x + softmax(q·kᵀ + b[bucket(j - i)]) v · o    of norm1(x)        no 1/sqrt(d): T5's initialisation holds it
     x ← x + fc2(fc1(x) · gelu(gate(x)))               of norm2(x)
 
-Parameter names are those of the encoder that Wan2.1 publishes, `models_t5_umt5-xxl-enc-bf16.pth`. Prompts are padded
-to `text_len`, and vectors past the prompt's end are zero: the transformer attends to them too, without a mask.
-`pytest tests/test_text.py` compares all this with the published implementation.
+Parameter names are those of the published `models_t5_umt5-xxl-enc-bf16.pth`. Prompts are padded to `text_len`, and
+vectors past the prompt's end are zero: the transformer attends to them too, without a mask. `pytest tests/test_text.py`
+compares all this with the published implementation.
 """
 
 import html
+import json
 import math
 import unicodedata
 from collections.abc import Iterable
@@ -21,10 +22,9 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
-from tokenizers import normalizers, pre_tokenizers, processors
+from einops import rearrange
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-
-from support.cli import replacing, write_json
 
 MAX_DISTANCE = 128  # tokens; the last bucket takes every distance from about here on
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -44,10 +44,8 @@ class T5Config:
 
     def __post_init__(self):
         if self.dim_attn % self.num_heads:
-            raise ValueError(
-                f"got dim_attn {self.dim_attn} with {self.num_heads} heads in the text encoder's config, expected a "
-                "multiple of num_heads; change one of them"
-            )
+            got = f"got dim_attn {self.dim_attn} with {self.num_heads} heads in the text encoder's config"
+            raise ValueError(f"{got}, expected a multiple of num_heads; change one of them")
         if self.num_buckets < 4 or self.num_buckets % 4:
             raise ValueError(f"got num_buckets {self.num_buckets} in the text encoder's config, expected 4, 8, 12 ...")
 
@@ -59,45 +57,35 @@ def position_buckets(length: int, num_buckets: int = 32) -> Tensor:
     grow by a constant factor up to `MAX_DISTANCE`.
     """
     exact = num_buckets // 4
-    # The first distance of each bucket, for 32: 0, 1 ... 7, 8, 12, 16, 23, 32, 46, 64, 91. Found here once, in double
-    # precision: a float32 logarithm on the device may put 16, 32 or 64 one bucket too low.
+    # The first distance of each bucket, for 32: 0, 1 ... 7, 8, 12, 16, 23, 32, 46, 64, 91. In double precision: a
+    # float32 logarithm on the device may put 16, 32 or 64 one bucket too low.
     growth = (MAX_DISTANCE / exact) ** (1 / exact)
     starts = [*range(exact), *(math.ceil(exact * growth**j - 1e-6) for j in range(exact))]
-    position = torch.arange(length)
-    distance = position[None, :] - position[:, None]  # key minus query
-    bucket = torch.bucketize(distance.abs(), torch.tensor(starts), right=True) - 1
-    return bucket + (distance > 0) * (num_buckets // 2)
+    distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]  # key minus query
+    return torch.bucketize(distance.abs(), torch.tensor(starts), right=True) - 1 + (distance > 0) * (num_buckets // 2)
 
 
-class T5Norm(nn.Module):
+class T5Norm(nn.RMSNorm):
     """Division by the root mean square, in fp32 whatever the type of x."""
 
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), eps=1e-6).to(x.dtype)
 
 
 class T5Attention(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.num_heads = config.num_heads
-        self.q = nn.Linear(config.dim, config.dim_attn, bias=False)
-        self.k = nn.Linear(config.dim, config.dim_attn, bias=False)
-        self.v = nn.Linear(config.dim, config.dim_attn, bias=False)
+        self.q, self.k, self.v = (nn.Linear(config.dim, config.dim_attn, bias=False) for _ in range(3))
         self.o = nn.Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
         """x (B,T,dim), bias (1,heads,T,T), mask (B,1,1,T): True where a key may be seen → (B,T,dim)."""
-        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for proj in (self.q, self.k, self.v))
-        # Filled after the cast, and with a finite number: fp32's lowest would be -inf in bf16, and a row that sees
-        # nothing would be NaN. The kernels take their softmax in fp32.
+        q, k, v = (rearrange(y, "b t (h d) -> b h t d", h=self.num_heads) for y in (self.q(x), self.k(x), self.v(x)))
+        # Filled after the cast, as fp32's lowest is -inf in bf16; finite, or a row that sees nothing would be NaN.
         bias = bias.to(q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)  # (B,heads,T,T)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return self.o(x.transpose(1, 2).flatten(2))
+        return self.o(rearrange(x, "b h t d -> b t (h d)"))
 
 
 class T5FeedForward(nn.Module):
@@ -111,16 +99,6 @@ class T5FeedForward(nn.Module):
         return self.fc2(self.fc1(x) * self.gate(x))
 
 
-class T5PositionBias(nn.Module):
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.embedding = nn.Embedding(config.num_buckets, config.num_heads)
-
-    def forward(self, buckets: Tensor) -> Tensor:
-        # Rows must lie together in memory: the fused attention kernels ask for it.
-        return self.embedding(buckets).permute(2, 0, 1)[None].contiguous()  # (T,T) → (1,heads,T,T)
-
-
 class T5Block(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
@@ -128,10 +106,14 @@ class T5Block(nn.Module):
         self.attn = T5Attention(config)
         self.norm2 = T5Norm(config.dim)
         self.ffn = T5FeedForward(config)
-        self.pos_embedding = T5PositionBias(config)
+        # A module around the embedding, as in the published file's names.
+        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(config.num_buckets, config.num_heads)})
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), self.pos_embedding(buckets), mask)
+        """x (B,T,dim), buckets (T,T), mask (B,1,1,T): True where a key may be seen → (B,T,dim)."""
+        bias = rearrange(self.pos_embedding["embedding"](buckets), "i j h -> 1 h i j")
+        # Rows must lie together in memory: the fused attention kernels ask for it.
+        x = x + self.attn(self.norm1(x), bias.contiguous(), mask)
         return x + self.ffn(self.norm2(x))
 
 
@@ -148,25 +130,19 @@ class UMT5Encoder(nn.Module):
 
     def init_weights(self) -> None:
         """T5's initialisation: each linear keeps unit variance, and q is small enough to stand in for 1/sqrt(d)."""
-        dim, dim_attn, dim_ffn = self.config.dim, self.config.dim_attn, self.config.dim_ffn
         nn.init.normal_(self.token_embedding.weight, std=1.0)
         for block in self.blocks:
-            nn.init.normal_(block.attn.q.weight, std=(dim * dim_attn / self.config.num_heads) ** -0.5)
-            nn.init.normal_(block.attn.k.weight, std=dim**-0.5)
-            nn.init.normal_(block.attn.v.weight, std=dim**-0.5)
-            nn.init.normal_(block.attn.o.weight, std=dim_attn**-0.5)
-            nn.init.normal_(block.ffn.gate[0].weight, std=dim**-0.5)
-            nn.init.normal_(block.ffn.fc1.weight, std=dim**-0.5)
-            nn.init.normal_(block.ffn.fc2.weight, std=dim_ffn**-0.5)
-            nn.init.normal_(block.pos_embedding.embedding.weight, std=dim**-0.5)
+            attn, ffn = block.attn, block.ffn
+            nn.init.normal_(attn.q.weight, std=(self.config.dim * self.config.dim_attn / attn.num_heads) ** -0.5)
+            for linear in (attn.k, attn.v, attn.o, ffn.gate[0], ffn.fc1, ffn.fc2):
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.normal_(block.pos_embedding["embedding"].weight, std=self.config.dim**-0.5)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B,T) int64, mask (B,T) bool, True on the prompt's tokens → (B,T,dim), zero where the mask is False."""
-        B, T = ids.shape
-        mask = mask.bool()
+        T, mask = ids.shape[1], mask.bool()
         # Most of 512 positions are padding, which changes nothing: work up to the end of the longest prompt only.
-        ends = mask * torch.arange(1, T + 1, device=mask.device)
-        length = max(1, int(ends.max()))
+        length = max(1, int((mask * torch.arange(1, T + 1, device=mask.device)).max()))
         ids, mask = ids[:, :length], mask[:, :length]
         buckets = position_buckets(length, self.config.num_buckets).to(ids.device)
         x = self.token_embedding(ids)  # (B,length,dim)
@@ -190,23 +166,17 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, text_len: int):
         if not Path(path).is_file():
-            raise ValueError(
-                f"no tokenizer at {path}: expected a Hugging Face tokenizer.json; Wan2.1 has it in google/umt5-xxl/, "
-                "or in tokenizer/ of its -Diffusers folder"
-            )
+            where = "Wan2.1 has it in google/umt5-xxl/, or in tokenizer/ of its -Diffusers folder"
+            raise ValueError(f"no tokenizer at {path}: expected a Hugging Face tokenizer.json; {where}")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(
-                f"cannot read {path} as a tokenizer ({error}), expected a Hugging Face tokenizer.json; "
-                "download or train it again"
-            ) from None
+            expected = "expected a Hugging Face tokenizer.json; download or train it again"
+            raise ValueError(f"cannot read {path} as a tokenizer ({error}), {expected}") from None
         pad_id = self.tokenizer.token_to_id(PAD)
         if pad_id is None or self.tokenizer.num_special_tokens_to_add(is_pair=False) < 1:
-            raise ValueError(
-                f"{path} has no {PAD} token or does not end prompts with {END}, expected both as in umT5's "
-                "tokenizer.json; use the tokenizer of the model"
-            )
+            expected = "expected both as in umT5's tokenizer.json; use the tokenizer of the model"
+            raise ValueError(f"{path} has no {PAD} token or does not end prompts with {END}, {expected}")
         self.text_len = text_len
         self.tokenizer.enable_truncation(text_len)
         self.tokenizer.enable_padding(length=text_len, pad_id=pad_id, pad_token=PAD)
@@ -236,27 +206,25 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizer
     Ids 0, 1, 2 are `<pad>`, `</s>`, `<unk>`; words follow by frequency, then alphabet, so the same captions in any
     order give the same ids. Words beyond `vocab_size` tokens become `<unk>`; `get_vocab_size()` tells how many it has.
     """
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token=UNKNOWN))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     special = [PAD, END, UNKNOWN]
-    trainer = tokenizers.trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(map(clean, captions), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     return tokenizer
 
 
-def write_tokenizer(folder: str | Path, tokenizer: tokenizers.Tokenizer, text_len: int) -> None:
-    """Write `tokenizer.json` and the `tokenizer_config.json` that lets transformers and diffusers read the folder."""
-    folder = Path(folder)
+def tokenizer_files(tokenizer: tokenizers.Tokenizer, text_len: int) -> dict[str, str]:
+    """What to write into a folder, {file name: text}, for `Tokenizer`, transformers and diffusers to read it."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": text_len,
         "model_input_names": ["input_ids", "attention_mask"],
-        "pad_token": PAD,
-        "eos_token": END,
-        "unk_token": UNKNOWN,
+        **{"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN},
     }
-    with replacing(folder / "tokenizer.json") as path:
-        path.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", config)
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+    }

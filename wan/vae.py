@@ -14,8 +14,9 @@ published `Wan2.1_VAE.pth`.
 Where neither is said, a video is taken whole as long as `MEMORY` suffices, then by chunks, then by tiles too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,6 @@ WAN_LATENTS_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-
 
 MEMORY = 12 * 2**30  # bytes that encoding or decoding may take beside weights and video, unless asked otherwise
 TILE = 512  # pixels a side, of frames that are too large for it
@@ -103,12 +103,11 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x: Tensor, past: dict | None) -> Tensor:
-        B, _, T, H, W = x.shape
+    def forward(self, x: Tensor) -> Tensor:
         frames = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
         q, k, v = rearrange(self.to_qkv(frames), "n (three c) h w -> three n 1 (h w) c", three=3)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=H)
-        return x + rearrange(self.proj(out), "(b t) c h w -> b c t h w", b=B)
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=x.shape[3])
+        return x + rearrange(self.proj(out), "(b t) c h w -> b c t h w", b=len(x))
 
 
 class Downsample(nn.Module):
@@ -123,7 +122,7 @@ class Downsample(nn.Module):
         x = _each_frame(self.resample, x)
         if self.time_conv is None:
             return x
-        before = None if past is None else past.get(self)
+        before = past.get(self) if past else None
         if past is not None:
             past[self] = x[:, :, -1:].clone()
         if before is not None:
@@ -144,7 +143,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, past: dict | None) -> Tensor:
         if self.time_conv is not None:
-            first = past is None or self not in past
+            first = not past or self not in past
             if past is not None:
                 past[self] = True
             alone, x = (x[:, :, :1], x[:, :, 1:]) if first else (x[:, :, :0], x)
@@ -160,7 +159,7 @@ class Encoder(nn.Module):
         dims = [config.dim * multiple for multiple in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3 * config.patch_size**2, dims[0])
         self.downsamples = nn.ModuleList()
-        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
             for i in range(config.num_res_blocks):
                 self.downsamples.append(ResidualBlock(dim_out if i else dim_in, dim_out))
             if level < len(config.dim_mult) - 1:
@@ -169,10 +168,7 @@ class Encoder(nn.Module):
         self.head = _head(dims[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, past: dict | None) -> Tensor:
-        x = self.conv1(x, past)
-        for layer in (*self.downsamples, *self.middle):
-            x = layer(x, past)
-        return _through(self.head, x, past)
+        return _through((self.conv1, *self.downsamples, *self.middle, *self.head), x, past)
 
 
 class Decoder(nn.Module):
@@ -182,7 +178,7 @@ class Decoder(nn.Module):
         self.conv1 = CausalConv3d(config.z_dim, dims[0])
         self.middle = _middle(dims[0])
         self.upsamples = nn.ModuleList()
-        for level, (dim_in, dim_out) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
             if level:
                 dim_in //= 2  # the upsampling before this level halved the channels
             for i in range(config.num_res_blocks + 1):
@@ -192,10 +188,7 @@ class Decoder(nn.Module):
         self.head = _head(dims[-1], 3 * config.patch_size**2)
 
     def forward(self, x: Tensor, past: dict | None) -> Tensor:
-        x = self.conv1(x, past)
-        for layer in (*self.middle, *self.upsamples):
-            x = layer(x, past)
-        return _through(self.head, x, past)
+        return _through((self.conv1, *self.middle, *self.upsamples, *self.head), x, past)
 
 
 class WanVAE(nn.Module):
@@ -224,19 +217,15 @@ class WanVAE(nn.Module):
             raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both must be multiples of 8")
         if chunk is None and tile is None:
             chunk, tile = self.pieces(len(video), (N + 3) // 4, height, width)
-        if tile is not None:
-            return _tiled(lambda part: self._encode(part, chunk), video, tile, 8, 1)
-        return self._encode(video, chunk)
+        return _tiled(lambda part: self._encode(part, chunk), video, tile, 8, 1)
 
     def _encode(self, video: Tensor, chunk: int | None) -> Tensor:
-        N, video = video.shape[2], video.to(self.conv1.weight.dtype)
-        size = N if chunk is None else 4 * chunk
-        past = None if chunk is None else {}
+        video, past = video.to(self.conv1.weight.dtype), {} if chunk else None
+        size = 4 * chunk if chunk else 3 + video.shape[2]
         # The first chunk is short of three frames: its first latent stands for one frame.
-        starts = [0, *range(size - 3, N, size)] if chunk else [0]
-        pieces = [self.moments(video[:, :, a:b], past)[0] for a, b in zip(starts, [*starts[1:], N], strict=True)]
+        chunks = [video[:, :, max(0, start) : start + size] for start in range(-3, video.shape[2], size)]
         mean, std = self._statistics(video)
-        return (torch.cat(pieces, dim=2) - mean) / std
+        return (torch.cat([self.moments(chunk, past)[0] for chunk in chunks], dim=2) - mean) / std
 
     def decode(self, latents: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
         """The video of normalised latents (B, 16, F, H, W): (B, 3, N, 8H, 8W), clamped to [-1, 1].
@@ -246,16 +235,13 @@ class WanVAE(nn.Module):
         B, _, frames, H, W = latents.shape
         if chunk is None and tile is None:
             chunk, tile = self.pieces(B, frames, 8 * H, 8 * W)
-        if tile is not None:
-            return _tiled(lambda part: self._decode(part, chunk), latents, tile, 1, 8)
-        return self._decode(latents, chunk)
+        return _tiled(lambda part: self._decode(part, chunk), latents, tile, 1, 8)
 
     def _decode(self, latents: Tensor, chunk: int | None) -> Tensor:
-        latents = latents.to(self.conv2.weight.dtype)
+        latents, past = latents.to(self.conv2.weight.dtype), {} if chunk else None
         mean, std = self._statistics(latents)
-        past = None if chunk is None else {}
-        pieces = (latents * std + mean).split(chunk or latents.shape[2], dim=2)
-        return torch.cat([self.pixels(piece, past) for piece in pieces], dim=2).clamp(-1, 1)
+        chunks = (latents * std + mean).split(chunk or latents.shape[2], dim=2)
+        return torch.cat([self.pixels(z, past) for z in chunks], dim=2).clamp(-1, 1)
 
     def pieces(self, B: int, F: int, height: int, width: int) -> tuple[int | None, int | None]:
         """`chunk` and `tile` for (B, 3, 4(F-1)+1, height, width) pixels: None while `MEMORY` suffices for the whole.
@@ -289,35 +275,35 @@ class WanVAE(nn.Module):
         return rearrange(self.decoder(self.conv2(z), past), "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1, 1)
-        mean, std = (torch.tensor(v) for v in (self.config.latents_mean, self.config.latents_std))
-        return mean.to(like).view(shape), std.to(like).view(shape)
+        """Mean and standard deviation of the latents' channels, each (C, 1, 1, 1)."""
+        statistics = torch.tensor([self.config.latents_mean, self.config.latents_std])
+        return tuple(rearrange(statistics.to(like), "two c -> two c 1 1 1"))
 
 
-def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, before: int, after: int) -> Tensor:
-    """run(x) put together from parts of the frame, each at most `tile` pixels wide and high.
+def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, before: int, after: int) -> Tensor:
+    """run(x) put together from parts of the frame, each at most `tile` pixels wide and high; None is the whole frame.
 
     A latent is `before` elements of x wide, and `after` of run(x). Neighbours overlap by a quarter of a tile, and over
     that width one fades into the other linearly.
     """
+    if tile is None:
+        return run(x)
     if tile < 32:
         raise ValueError(f"got tiles of {tile} pixels, expected at least 32: a quarter of a tile is blended")
     rows, columns = (_spans(length // before, tile // 8) for length in x.shape[-2:])
     if len(rows) == len(columns) == 1:
         return run(x)
-    total = weight = None
-    for top, bottom in rows:
-        for left, right in columns:
-            part = run(x[..., top * before : bottom * before, left * before : right * before])
-            if total is None:
-                height, width = rows[-1][1] * after, columns[-1][1] * after
-                total = torch.zeros(*part.shape[:-2], height, width, device=part.device)
-                weight = torch.zeros(height, width, device=part.device)
-            fade = tile // 32 * after
-            down, across = (_fade(length, fade).to(part.device) for length in part.shape[-2:])
-            place = (..., slice(top * after, bottom * after), slice(left * after, right * after))
-            total[place] += part * (down[:, None] * across)
-            weight[place] += down[:, None] * across
+    height, width = rows[-1][1] * after, columns[-1][1] * after
+    total, weight = None, torch.zeros(height, width, device=x.device)
+    for (top, bottom), (left, right) in product(rows, columns):
+        part = run(x[..., top * before : bottom * before, left * before : right * before])
+        if total is None:
+            total = torch.zeros(*part.shape[:-2], height, width, device=x.device)
+        down, across = (_fade(length, tile // 32 * after).to(x.device) for length in part.shape[-2:])
+        fade = down[:, None] * across
+        place = (..., slice(top * after, bottom * after), slice(left * after, right * after))
+        total[place] += part * fade
+        weight[place] += fade
     return total.div_(weight).to(part.dtype)
 
 
@@ -344,9 +330,11 @@ def _head(dim_in: int, dim_out: int) -> nn.Sequential:
     return nn.Sequential(RMSNorm(dim_in, 3), nn.SiLU(), CausalConv3d(dim_in, dim_out))
 
 
-def _through(layers: nn.Sequential, x: Tensor, past: dict | None) -> Tensor:
+def _through(layers: Iterable[nn.Module], x: Tensor, past: dict | None) -> Tensor:
+    """x after all layers, of which those that look back in time are given the past."""
     for layer in layers:
-        x = layer(x, past) if isinstance(layer, CausalConv3d) else layer(x)
+        look_back = isinstance(layer, CausalConv3d | ResidualBlock | Downsample | Upsample)
+        x = layer(x, past) if look_back else layer(x)
     return x
 
 

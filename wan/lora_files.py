@@ -1,0 +1,301 @@
+"""LoRA files. Programs differ in how they spell a layer's name and in what they call its tensors.
+
+In memory a LoRA has pairs of matrices by the original names of their layers, and diffs of whole parameters, such as
+biases and norms, which files of other programs may hold as well.
+
+    python lora.py inspect lora.safetensors
+    python lora.py convert lora.safetensors lora_for_diffusers.safetensors --to peft
+"""
+
+import json
+import math
+import pickle
+import re
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from support import cli
+from wan.names import TRANSFORMER_NAMES, layer_name, rename
+
+
+class Pair(NamedTuple):
+    """`scale · B·A` is added to a layer's weight. Of a convolution, the kernel counts among the inputs."""
+
+    A: Tensor  # (rank, in)
+    B: Tensor  # (out, rank)
+    alpha: float | None = None
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / len(self.A)
+
+    def norm(self) -> Tensor:
+        """The Frobenius norm of scale · B·A: ‖B·A‖² is the sum of BᵀB ⊙ AAᵀ, (rank, rank)."""
+        A, B = (matrix.float().flatten(1) for matrix in (self.A, self.B))
+        return abs(self.scale) * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
+
+
+@dataclass
+class LoRA:
+    pairs: dict[str, Pair] = field(default_factory=dict)  # of layers, such as `blocks.0.ffn.2`
+    diffs: dict[str, Tensor] = field(default_factory=dict)  # what is added to parameters, such as `blocks.0.norm3.bias`
+
+    def __len__(self) -> int:
+        return len(self.pairs) + len(self.diffs)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError unless each pair and diff finds its parameter in `model`, and fits it."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        unmatched = [layer for layer in self.pairs if len(shapes.get(f"{layer}.weight", ())) < 2]
+        unmatched += [name for name in self.diffs if name not in shapes]
+        if unmatched or not self:
+            got = f"LoRA matched {len(self) - len(unmatched)} of {len(self)} layers and parameters"
+            got += f"; first unmatched {unmatched[0]}" if unmatched else ""
+            raise ValueError(f"{got}; nothing was merged: use a LoRA made for this model")
+        misfits = []
+        for layer, (A, B, _) in self.pairs.items():
+            rows, columns = shapes[f"{layer}.weight"][0], math.prod(shapes[f"{layer}.weight"][1:])
+            flat = [matrix.flatten(1).shape for matrix in (A, B) if matrix.ndim > 1]
+            if flat != [(*A.shape[:1], columns), (rows, *A.shape[:1])]:
+                got = f"pair {layer} has A {tuple(A.shape)} and B {tuple(B.shape)}"
+                misfits.append(f"{got}, expected (rank, {columns}) and ({rows}, rank)")
+        for name, diff in self.diffs.items():
+            if diff.shape != shapes[name]:
+                misfits.append(f"change of {name} is {tuple(diff.shape)}, expected {shapes[name]}")
+        if misfits:
+            raise ValueError(f"LoRA {misfits[0]}; nothing was merged: use a LoRA made for a model of this size")
+
+
+_PREFIX = r"(?:(?:base_model\.model|model|diffusion_model|transformer|pipe\.dit)\.)*(?:lora_unet_+)?"
+_PARTS = {
+    "lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha",
+    "lora_B.bias": "B's bias", "lora_up.bias": "B's bias",
+    "diff": "diff", "diff_b": "bias", "diff_m": "diff",  # what is added to a weight, a bias, a modulation
+}  # fmt: skip
+_KEY = re.compile(rf"{_PREFIX}(?P<name>.+?)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
+_ADAPTER = re.compile(r"(?<=\.lora_[AB])\.\w+(?=\.(weight|bias)$)")  # as in `.lora_A.default.weight`
+_DIFFUSERS_SETTINGS = "lora_adapter_metadata"  # in the metadata of its files
+
+# Who writes a file: the first of these that is in one of its keys.
+_WRITERS = {
+    "lora_unet__": "Fun-LoRA (VideoX-Fun)",
+    "lora_unet_": "musubi-tuner",
+    ".attn1.": "diffusers or PEFT",
+    ".default.": "the official Pusa trainer, or DiffSynth",
+    ".lora_down.": "LightX2V, or extracted by ComfyUI",
+    "diffusion_model.": "ComfyUI, diffusion-pipe or nanoPusa",
+    "": "PEFT",
+}
+# What `save` can write: the keys of A and B.
+LAYOUTS = {
+    "comfy": "diffusion_model.{}.lora_{}.weight",
+    "peft": "transformer.{}.lora_{}.weight",
+    "original": "{}.lora_{}.default.weight",
+}
+
+
+def load(path: Path | str) -> LoRA:
+    """Read a LoRA of any of the layouts in use for Wan from `.safetensors`, or from `.pt`/`.pth`/`.bin` without code.
+
+    Known are the layers' names of Wan, diffusers and kohya (`lora_unet_`) with or without a prefix, `lora_A`/`lora_B`
+    with or without an adapter's name (Pusa: `.default`), `lora_down`/`lora_up`, biases of B, `.alpha` or the alpha of
+    PEFT's settings, `.diff`, `.diff_b` and `.diff_m`. ValueError for a file that cannot be read, for a key that is not
+    understood and for incomplete pairs: a LoRA that is applied in part looks like one that was trained badly.
+    """
+    return _parse(Path(path), *_read(Path(path)))
+
+
+def save(
+    path: Path | str, lora: LoRA, base: str = "", metadata: dict[str, str] | None = None, to: str = "comfy"
+) -> None:
+    """Write a LoRA as safetensors; equal input gives equal bytes.
+
+    The layout "comfy" is the one that ComfyUI, diffusers and `load` all read. It has an alpha only where that differs
+    from the rank: those three scale by alpha/rank where there is one and by 1 where there is none. "peft" (diffusers'
+    own) and "original" (the official Pusa's) have none, so B is scaled instead; the first holds diffs of biases, the
+    second no diffs. The metadata repeats rank, alpha and `base` for people; nothing depends on it.
+    """
+    if not lora:
+        raise ValueError(f"no LoRA pairs to write to {path}; expected the result of extract or load")
+    tensors, pairs = _tensors(lora, to), lora.pairs.values()
+    alphas = {float(len(A) if alpha is None or to != "comfy" else alpha) for A, _, alpha in pairs}
+    facts = {
+        "format": "pt",
+        "rank": ",".join(map(str, sorted({len(A) for A, _, _ in pairs}))),
+        "alpha": ",".join(f"{alpha:g}" for alpha in sorted(alphas)),
+        **({"base": base} if base else {}),
+    }
+    with cli.replacing(path) as temporary:
+        save_file(tensors, temporary, {**(metadata or {}), **facts})
+        with open(temporary, "r+b") as file:  # safetensors leaves the order of the metadata to chance
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
+
+
+def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = False) -> None:
+    """Write the LoRA of a file in another layout of `LAYOUTS`, with the metadata that it has."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"got {path} to write to, expected a name that ends in .safetensors")
+    if Path(path).exists() and not overwrite:
+        raise ValueError(f"{path} exists; give another name, or --overwrite")
+    tensors, metadata = _read(Path(source))
+    lora = _parse(Path(source), tensors, metadata)
+    metadata.pop(_DIFFUSERS_SETTINGS, None)  # its alpha is in the pairs now
+    save(path, lora, metadata=metadata, to=to)
+
+
+def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> None:
+    """Print what a LoRA file holds and, given a model, whether it fits: ValueError if not."""
+    tensors, metadata = _read(Path(path))
+    lora = _parse(Path(path), tensors, metadata)
+    pairs = lora.pairs.values()
+    parts = [*(matrix for A, B, _ in pairs for matrix in (A, B)), *lora.diffs.values()]
+    norms = {name: pair.norm() for name, pair in lora.pairs.items()}
+    norms |= {name: diff.float().norm() for name, diff in lora.diffs.items()}
+    rows = {
+        "written by": next(writer for mark, writer in _WRITERS.items() if any(mark in key for key in tensors)),
+        "changes": f"{len(pairs)} layers by a pair, {len(lora.diffs)} whole parameters",
+        "rank": ", ".join(map(str, sorted({len(A) for A, _, _ in pairs}))),
+        "alpha": ", ".join(sorted({"as the rank" if alpha is None else f"{alpha:g}" for _, _, alpha in pairs})),
+        "parameters": f"{sum(part.numel() for part in parts):,}",
+        "stored as": ", ".join(sorted({str(part.dtype).removeprefix("torch.") for part in parts})),
+    }
+    if model:
+        from wan import checkpoint  # here, as nothing else of LoRA needs models on disk
+
+        with torch.device("meta"):
+            lora.check(network(checkpoint.open(model, network).config))
+        rows["matched"] = f"{len(lora)} of {len(lora)} in {model}"
+    strongest = sorted(norms, key=norms.get, reverse=True)[:5]
+    rows["strongest"] = ", ".join(f"{name} ({norms[name]:.4g})" for name in strongest)
+    rows |= {f"[{key}]": value for key, value in sorted(metadata.items())}
+    for name, value in rows.items():
+        print(f"{name:11} {textwrap.shorten(value, 300)}")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and its metadata if it is safetensors."""
+    if not path.is_file():
+        raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
+    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+        raise ValueError(f"got the LoRA file {path}, expected its name to end in .safetensors, .pt, .pth or .bin")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        got = f"{path} is damaged or holds more than plain tensors, which could run code on loading"
+        raise ValueError(f"{got}, so it was not loaded; get the LoRA as .safetensors") from error
+    except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
+        raise ValueError(f"{path} cannot be read ({error}); it may be incomplete: fetch it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} is not a flat dict of tensors; get the LoRA as .safetensors")
+    return tensors, {}
+
+
+def _parse(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> LoRA:
+    """The LoRA that the tensors of a file are; ValueError unless every key is understood."""
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS.values()}
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(_ADAPTER.sub("", key))
+        layer = match and layer_name(match["name"] + (".modulation" if match["part"] == "diff_m" else ""))
+        if not layer or (match["part"] == "alpha" and tensor.numel() != 1):
+            unknown.append(key)
+            continue
+        part = _PARTS[match["part"]]
+        if layer in parts[part]:
+            raise ValueError(f"{path} has more than one {part} for a layer, such as {key}; expected one LoRA in a file")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{path} has numbers in {key} that are not finite; fetch the file again, or train anew")
+        parts[part][layer] = tensor
+    if unknown or not tensors:
+        got = f"{path}: understood {len(tensors) - len(unknown)} of {len(tensors)} keys"
+        got += f"; first unknown {unknown[0]}" if unknown else ""
+        expected = "pairs lora_A/lora_B or lora_down/lora_up, alphas, .diff, .diff_b"
+        raise ValueError(f"{got}; expected a LoRA for a text-to-video Wan: {expected}")
+
+    A, B, alphas, biases_of_B = (parts[part] for part in ("A", "B", "alpha", "B's bias"))
+    incomplete = [layer for layer in {**A, **B, **alphas, **biases_of_B} if layer not in A or layer not in B]
+    if incomplete:
+        got = f"{path}: {len(incomplete)} of {len(set().union(*parts.values()))} layers lack A or B"
+        raise ValueError(f"{got}; first incomplete {incomplete[0]}; fetch the file again, or ask where it came from")
+    peft_alpha = _peft_alpha(path, metadata)
+    pairs = {layer: Pair(A[layer], B[layer], alphas[layer].item() if layer in alphas else peft_alpha) for layer in A}
+    diffs = {
+        layer if layer.endswith("modulation") else f"{layer}.weight": diff for layer, diff in parts["diff"].items()
+    }
+    diffs |= {f"{layer}.bias": diff for layer, diff in parts["bias"].items()}
+    for layer, bias in biases_of_B.items():
+        diffs[f"{layer}.bias"] = diffs.get(f"{layer}.bias", 0) + pairs[layer].scale * bias
+    return LoRA(pairs, diffs)
+
+
+def _peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
+    """The alpha of PEFT, which is not among its tensors: PEFT writes a file beside them, diffusers an entry in them."""
+    beside = path.with_name("adapter_config.json")
+    is_peft = path.stem == "adapter_model" and beside.is_file()
+    packed = beside.read_text(encoding="utf-8") if is_peft else metadata.get(_DIFFUSERS_SETTINGS, "{}")
+    settings = {name.removeprefix("transformer."): value for name, value in json.loads(packed).items()}
+    if settings.get("use_rslora") or settings.get("alpha_pattern"):
+        raise ValueError(f"{path} has PEFT's use_rslora or alpha_pattern, expected one lora_alpha; merge it with PEFT")
+    return settings.get("lora_alpha")
+
+
+def _tensors(lora: LoRA, to: str) -> dict[str, Tensor]:
+    """The tensors of a file in one of the `LAYOUTS`; only "comfy" has a place for an alpha."""
+    if to not in LAYOUTS:
+        raise ValueError(f"got the LoRA layout {to}, expected one of {', '.join(LAYOUTS)}")
+    biases = {f"{layer}.bias" for layer in lora.pairs}
+    lost = [name for name in lora.diffs if to == "original" or (to == "peft" and name not in biases)]
+    if lost:
+        got = f"{len(lost)} changes of whole parameters, such as {lost[0]}"
+        raise ValueError(f"{got}, have no place in the layout {to}; use comfy")
+    tensors = {}
+    for layer, (A, B, alpha) in lora.pairs.items():
+        name = rename(layer, TRANSFORMER_NAMES) if to == "peft" else layer
+        if to != "comfy":
+            B = (lora.pairs[layer].scale * B.float()).to(B.dtype)
+        elif alpha not in (None, len(A)):
+            tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(alpha))
+        tensors[LAYOUTS[to].format(name, "A")], tensors[LAYOUTS[to].format(name, "B")] = A, B
+        if to == "peft" and lora.diffs:  # PEFT has a bias for each B or for none
+            bias = lora.diffs.get(f"{layer}.bias", torch.zeros(len(B), dtype=B.dtype))
+            tensors[f"transformer.{name}.lora_B.bias"] = bias
+    for name, diff in lora.diffs.items() if to == "comfy" else ():
+        layer, _, kind = name.rpartition(".")
+        part = {"weight": f"{layer}.diff", "bias": f"{layer}.diff_b"}.get(kind, f"{name}.diff")
+        tensors[f"diffusion_model.{part}"] = diff
+    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    command: str = cli.option(None, "what to do", positional=True, choices=("inspect", "convert"))
+    source: str = cli.option(None, "the LoRA file to read", positional=True, metavar="IN")
+    path: str | None = cli.option(None, "the file to write, of convert", positional=True, metavar="OUT", nargs="?")
+    to: str = cli.option("comfy", "layout to write: ComfyUI's, PEFT's or the official Pusa's", choices=tuple(LAYOUTS))
+    overwrite: bool = cli.option(False, "replace OUT if it exists")
+    model: str | None = cli.option(None, "a model that IN should fit, for inspect: a folder or a Hugging Face id")
+
+
+def command(network: type[nn.Module]) -> None:
+    """What `python lora.py` does. network: the transformer's class, `model.Wan`, to compare a file with a model."""
+    config = cli.parse(LoRAConfig, "Inspect a LoRA file, or convert it to another layout.")
+    if config.command == "inspect":
+        inspect(config.source, config.model, network)
+    elif config.path is None:
+        raise ValueError("got convert IN, expected convert IN OUT; name the file to write")
+    else:
+        convert(config.source, config.path, config.to, config.overwrite)
