@@ -11,14 +11,21 @@ import json
 import os
 import shutil
 import sys
-import time
 import typing
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
 
-def option(default, help: str, **argparse_settings):
+if typing.TYPE_CHECKING:  # a wrong flag is answered before torch has loaded
+    import torch
+
+T = typing.TypeVar("T")
+
+
+def option(default: typing.Any, help: str, **argparse_settings: typing.Any) -> typing.Any:
     """A dataclass field that is also a flag: `shift: float = option(5.0, "shift of the sigma schedule")`.
 
     With `positional=True` it is an argument without a flag, which has to be given unless `nargs="?"`.
@@ -26,7 +33,7 @@ def option(default, help: str, **argparse_settings):
     return dataclasses.field(default=default, metadata={"help": help, **argparse_settings})
 
 
-def parse(config_class, doc: str, argv: list[str] | None = None):
+def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
     """Build the command line of `config_class` from its fields and read `argv` (default: the process's) into it."""
     parser = argparse.ArgumentParser(description=doc.strip().splitlines()[0])
     for field in dataclasses.fields(config_class):
@@ -43,39 +50,34 @@ def parse(config_class, doc: str, argv: list[str] | None = None):
     return config_class(**vars(parser.parse_intermixed_args(argv)))
 
 
-def run(command) -> None:
+def run(command: Callable[[], object]) -> None:
     """Run a command's main function; a mistake of the user's ends in one sentence and exit status 2."""
-    name = Path(sys.argv[0]).name
     try:
         command()
     except KeyboardInterrupt as stop:
-        after_progress = "\n" if sys.stderr.isatty() else ""
-        print(f"{after_progress}{name}: {str(stop) or 'stopped'}", file=sys.stderr)
-        sys.exit(130)  # what a shell expects of a command that Ctrl-C ended
-    except (ValueError, OSError) as error:
-        if os.environ.get("NANOPUSA_TRACEBACK"):
-            raise
-        sentence = " ".join(str(error).split())
-        print(f"{name}: {sentence}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
+        after_progress, status = "\n" if sys.stderr.isatty() else "", 130  # what a shell expects after Ctrl-C
+        sentence = str(stop) or "stopped"
+    except (ValueError, OSError, RuntimeError) as error:
+        after_progress, status = "", 2
         kind = type(error).__name__  # torch's, which may not be loaded
         if kind == "OutOfMemoryError":
-            sentence = (
-                "the device has not enough memory for this; try a smaller --size or --frames; --offload to sample; "
-                "--gradient-checkpointing or --accumulate to train"
-            )
+            less = "a smaller --size or --frames; --offload to sample; --gradient-checkpointing or --accumulate to train"
+            sentence = f"the device has not enough memory for this; try {less}"
         elif kind in ("InductorError", "TritonMissing", "GPUTooOldForTriton"):
             reason = str(error).splitlines()[0]
             sentence = f"--compile failed ({reason}); leave it out, or install a C++ compiler, for a GPU also Triton"
-        else:
+        elif isinstance(error, RuntimeError) or os.environ.get("NANOPUSA_TRACEBACK"):
             raise
-        print(f"{name}: {sentence}", file=sys.stderr)
-        sys.exit(2)
+        else:
+            sentence = " ".join(str(error).split())
+    else:
+        return
+    print(f"{after_progress}{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    sys.exit(status)
 
 
 @contextmanager
-def replacing(path: Path | str):
+def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path` (same suffix) that is moved into place only if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,25 +100,40 @@ def write_json(path: Path | str, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class Progress:
-    """One line on stderr with the share done, the time left and whatever figures the caller has."""
+class Progress(tqdm):
+    """One line on stderr with the share done, whatever figures the caller has, and the time left.
+
+    A terminal redraws it twice a second at most; a log gets a line every 30 seconds, for the first step and the last.
+    """
+
+    monitor_interval = 0  # no thread that draws in between
 
     def __init__(self, total: int, label: str, done: int = 0):
-        self.total, self.label, self.done, self.first = total, label, done, done
-        self.start, self.shown = time.monotonic(), 0.0
+        pause, line = 0.5 if sys.stderr.isatty() else 30, "{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+        # With the smallest of delays nothing is drawn before the first step.
+        super().__init__(
+            None, label, total, initial=done, mininterval=pause, miniters=1, smoothing=0, delay=1e-9, bar_format=line
+        )
+        self.last_print_t = 0.0  # long ago: the first step is drawn
+
+    @property
+    def done(self) -> int:
+        return self.n
 
     def step(self, **figures: float) -> None:
-        """Count one step; redraw at most twice a second on a terminal, every 30 seconds in a log, and at the end."""
-        self.done += 1
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        last = self.done >= self.total
-        if not last and now - self.shown < (0.5 if terminal else 30):
-            return
-        self.shown = now
-        left = (now - self.start) / (self.done - self.first) * (self.total - self.done)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        text = f"{self.label} {self.done}/{self.total}  {shown}  {int(left) // 60}:{int(left) % 60:02d} left"
-        print(("\r\033[K" if terminal else "") + text, end="" if terminal and not last else "\n", file=sys.stderr)
+        """Count one step; redraw the line if it is time."""
+        self.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+        if self.n + 1 >= self.total:
+            self.last_print_t = 0.0
+        self.update()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        terminal = sys.stderr.isatty()  # it draws over the last line, which a log cannot
+        start, end = "\r\033[K" if terminal else "", "" if terminal and self.n < self.total else "\n"
+        print(f"{start}{self}", end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:  # of a run that ended early too, which has then said why
+        self.disable = True
 
 
 def pick_device(name: str | None) -> str:
@@ -132,7 +149,7 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def pick_dtype(name: str, device: str):
+def pick_dtype(name: str, device: str) -> "torch.dtype":
     """The torch dtype to compute in; "auto" is bfloat16 where the hardware multiplies it faster than float32."""
     import torch
 
