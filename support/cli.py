@@ -61,8 +61,8 @@ def run(command: Callable[[], object]) -> None:
         after_progress, status = "", 2
         kind = type(error).__name__  # torch's, which may not be loaded
         if kind == "OutOfMemoryError":
-            less = "a smaller --size or --frames; --offload to sample; --gradient-checkpointing or --accumulate to train"
-            sentence = f"the device has not enough memory for this; try {less}"
+            sentence = "the device has not enough memory for this; try a smaller --size or --frames; --offload to "
+            sentence += "sample; --gradient-checkpointing or --accumulate to train"
         elif kind in ("InductorError", "TritonMissing", "GPUTooOldForTriton"):
             reason = str(error).splitlines()[0]
             sentence = f"--compile failed ({reason}); leave it out, or install a C++ compiler, for a GPU also Triton"

@@ -3,10 +3,11 @@
 import json
 import re
 
+import pytest
 from small import call, clips_fixture, mistake, model_fixture  # noqa: F401 (fixtures)
 
 import train
-from support import report
+from support import plots, report
 
 
 def test_a_run_ends_with_a_page_that_stands_alone(model, clips, tmp_path):
@@ -31,11 +32,32 @@ def test_a_page_of_an_unfinished_run_and_of_none(tmp_path):
     assert "1 of 9" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+def shown(svg: str, name: str) -> list[list[float]]:
+    """The points of a line of an SVG."""
+    path = re.search(rf'<g id="{name}">\s*<path d="([^"]*)"', svg)[1]
+    return [[float(number) for number in point.split()] for point in re.split("[ML]", path)[1:]]
+
+
+def ticks(svg: str) -> list[str]:
+    return re.findall(r"<text [^>]*>([^<]*)</text>", svg)
+
+
 def test_a_curve_spans_what_it_shows():
-    svg = report.curve("title", {"up": [(0, 0.0), (10, 2.0)], "none": []})
-    assert 'd="M60.0 230.0L890.0 30.0"' in svg and ">up<" in svg and ">none<" not in svg
-    assert ">0<" in svg and ">2<" in svg and ">10<" in svg
-    long = report.curve("", {"a": [(x, float(x % 2)) for x in range(10000)]}, points=100)
-    assert long.count("L") == 99
-    assert report.curve("", {"a": []}) == report.curve("", {"a": [(1, float("nan"))]}) == ""
-    assert "nan" not in report.curve("", {"a": [(1, 3.0)]})
+    svg = plots.curves("title", [{"up": [(0, 0.0), (10, 2.0)], "none": []}])
+    (left, bottom), (right, top) = shown(svg, "up")
+    width, height = (float(number) for number in re.search(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg).groups())
+    assert right - left > 0.85 * width and bottom - top > 0.6 * height
+    assert ">up<" in svg and ">none<" not in svg and ">title<" in svg
+    assert {"0", "2", "10"} <= {text.removesuffix(".0").removesuffix(".00") for text in ticks(svg)}
+    long = plots.curves("", [{"a": [(x, float(x % 2)) for x in range(10000)]}], points=100)
+    assert len(shown(long, "a")) == 100
+    assert plots.curves("", [{"a": []}]) == plots.curves("", [{"a": [(1, float("nan"))]}, {}]) == ""
+    assert "nan" not in plots.curves("", [{"a": [(1, 3.0)]}])
+
+
+def test_each_panel_has_its_own_range_and_the_best_step_is_marked():
+    panels = [{"small": [(1, 0.1), (9, 0.11)]}, {"large": [(1, 50.0), (9, 70.0)]}, {"empty": []}]
+    svg = plots.curves("validation", panels, best=9)
+    heights = [abs(points[0][1] - points[1][1]) for points in (shown(svg, "small"), shown(svg, "large"))]
+    assert heights[0] == pytest.approx(heights[1], rel=0.01) and svg.count(">best: step 9<") == 2
+    assert svg == plots.curves("validation", panels, best=9) and ">empty<" not in svg
