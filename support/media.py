@@ -40,8 +40,8 @@ class _Video(PyAVPlugin):
     """
 
     def timed(self, packets: bool = False) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame | av.Packet]]:
-        """(start, end, frame or packet) of each, in seconds; exact, so that ties are ties."""
-        stream, end = self._video_stream, Fraction(0)
+        """(start, end, frame or packet) of each, in seconds; exact, so that ties are ties. OSError if there is none."""
+        stream, start, end = self._video_stream, None, Fraction(0)
         stream.thread_type = "AUTO"
         usual = 1 / (stream.average_rate or Fraction(25))
         for item in (self._container.demux if packets else self._container.decode)(stream):
@@ -51,6 +51,8 @@ class _Video(PyAVPlugin):
             start = end if tick is None else tick * item.time_base
             end = start + (item.duration * item.time_base if item.duration else usual)
             yield start, end, item
+        if start is None:
+            raise OSError
 
     def convert(self, frame: av.VideoFrame, size: tuple[int, int] | None) -> Tensor:
         pixels = frame.to_ndarray(format="rgb24", interpolation=_SWSCALE)
@@ -137,17 +139,19 @@ def probe(path: Path | str, fps: float) -> tuple[int, int, int]:
 @contextmanager
 def _opened(path: Path | str, plugin: type | str) -> Iterator:
     """A file to read, by an imageio plugin; what goes wrong meanwhile is a ValueError that names it."""
-    kind, expected = ("an image", "a PNG, JPEG or the like") if plugin == "pillow" else ("a video", "what FFmpeg reads")
+    kind, expected = "a video", "a file that FFmpeg reads"
+    if plugin == "pillow":
+        kind, expected = "an image", "a PNG, JPEG or the like"
     try:
         with iio.imopen(Path(path), "r", plugin=plugin) as file:
             yield file
     except (OSError, SyntaxError, av.FFmpegError) as error:
-        reason = getattr(error, "strerror", None) or "damaged, or without pictures"
-        reason = "no such file" if isinstance(error, FileNotFoundError) else reason
+        why = getattr(error, "strerror", None) or "damaged, or without pictures"
+        reason = "no such file" if isinstance(error, FileNotFoundError) else why
         raise ValueError(f"{path} cannot be read as {kind} ({reason}): expected {expected}") from error
 
 
-def _pictures(path: Path, size, fps: float | None, first: int | None = None, last: int | None = None) -> Iterator:
+def _pictures(path: Path, size, fps: float | None, first=None, last=None) -> Iterator[Tensor]:
     """The frames wanted, each (3, H, W), decoded as they are asked for."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         yield read_image(path, size)
@@ -218,17 +222,18 @@ def write_video(path: Path | str, video: Tensor, fps: float) -> None:
 
     An odd width or height of an .mp4 grows by one repeated pixel, as H.264's 4:2:0 needs even ones.
     """
-    path, frames, fps = Path(path), _to_bytes(video), Fraction(fps).limit_denominator(1001)
-    if path.suffix.lower() not in (".mp4", ".gif"):
-        raise ValueError(f"cannot write {path.name}: expected a name that ends in .mp4 or .gif")
+    writers = {".mp4": _write_mp4, ".gif": _write_gif}
+    if (suffix := Path(path).suffix.lower()) not in writers:
+        raise ValueError(f"cannot write {Path(path).name}: expected a name that ends in .mp4 or .gif")
     with cli.replacing(path) as temporary:
-        if path.suffix.lower() == ".gif":
-            _write_gif(temporary, frames, fps)
-            return
-        even = ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0))
-        # An index at the front, so that browsers can start at once.
-        with iio.imopen(temporary, "w", plugin=_Video, options={"movflags": "faststart"}) as file:
-            file.encode(np.pad(frames, even, mode="edge"), fps)
+        writers[suffix](temporary, _to_bytes(video), Fraction(fps).limit_denominator(1001))
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    # An index at the front, so that browsers can start at once.
+    with iio.imopen(path, "w", plugin=_Video, options={"movflags": "faststart"}) as file:
+        file.encode(frames, fps)
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
@@ -240,7 +245,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     times = [round(100 * index / fps) for index in range(len(frames) + 1)]
     durations = [10 * (after - before) for before, after in zip(times, times[1:], strict=False)]
     settings = {"palette": bytes(palette.getpalette()), "duration": durations, "loop": 0, "disposal": 1}
-    iio.imwrite(path, np.stack(indices), plugin="pillow", extension=".gif", mode="P", **settings)
+    iio.imwrite(path, np.stack(indices), plugin="pillow", mode="P", **settings)
 
 
 def save_image(path: Path | str, image: Image.Image | Tensor) -> None:

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from support import media
 
@@ -171,6 +171,17 @@ def test_images(tmp_path):
     assert media.read_image(tmp_path / "sub" / "b.png").equal(image)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_and_mirrored_in_every_mode(tmp_path, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    original = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)).convert(mode)
+    original.save(tmp_path / "a.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "a.png")).convert("RGB")
+    assert (media._to_bytes(media.read_image(tmp_path / "a.png")[:, None])[0] == np.asarray(upright)).all()
+
+
 def test_resize_crop(tmp_path):
     video = moving(2, 32, 48)
     assert media.resize_crop(video, (48, 32)) is video
@@ -192,6 +203,15 @@ def test_unreadable_files_and_impossible_wishes(tmp_path):
     for name in ("broken.mp4", "missing.mp4"):
         with pytest.raises(ValueError, match=rf"{name} cannot be read as a video"):
             media.read_video(tmp_path / name)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        sound = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame(format="fltp", layout="stereo", samples=1024)
+        frame.sample_rate = 44100
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    for read in (media.read_video, lambda path: media.read_frame(path, 0), lambda path: media.probe(path, 16)):
+        with pytest.raises(ValueError, match=r"sound\.mp4 cannot be read as a video \(damaged, or without pictures\)"):
+            read(tmp_path / "sound.mp4")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image \(damaged"):
         media.read_image(tmp_path / "broken.png")
     with pytest.raises(ValueError, match=r"missing\.png cannot be read as an image \(no such file\)"):
