@@ -3,15 +3,22 @@
 import io
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from support import cli
 
-COLOURS = ("#1f5fa8", "#e87722", "#2a9d6f", "#8a4fbf")
-Line = Sequence[tuple[float, float]]  # (x, y) of each point
+COLOURS, GREY = ("#1f5fa8", "#e87722", "#2a9d6f", "#8a4fbf"), "#555555"
+STYLE = [  # the same everywhere, whatever the user's own settings say
+    "default",
+    {"text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "grid.color": "#dddddd"},
+    {f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
+    {"font.size": 9, "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "axes.edgecolor": "white"},
+    {"path.simplify": False, "lines.solid_capstyle": "round", "axes.formatter.useoffset": False},
+    {"svg.fonttype": "none", "svg.hashsalt": "nanoPusa"},  # letters stay letters, and names of parts the same
+]
 
 
 def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequence[int]]] = (), title: str = "") -> None:
@@ -19,18 +26,18 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
 
     given: (what, its latent frames, which are neighbours) of each condition, marked under its frames.
     """
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
+    from matplotlib import colors, figure, style
 
-    K1, F = taus.shape
+    levels, (K1, F) = taus.cpu().numpy(), taus.shape
     width, height = max(0.18, min(0.6, 9 / F)), max(0.08, min(0.3, 4.8 / K1))  # of a cell, in inches
-    with _style():
-        figure = Figure(figsize=(F * width, K1 * height), dpi=100)  # all but the cells lies outside, and is saved too
-        axes = figure.add_axes((0, 0, 1, 1), xlabel="latent frame", ylabel="step")
-        colours, line = LinearSegmentedColormap.from_list("", ["#fff4de", "#e86a5c", "#2c1e54"]), min(1, 6 * height)
-        cells = axes.pcolormesh(taus.numpy(), cmap=colours, vmin=0, vmax=1, edgecolors="white", lw=line, snap=True)
+    data_to_noise = colors.LinearSegmentedColormap.from_list("", ("#fff4de", "#e86a5c", "#2c1e54"))
+    with style.context(STYLE):
+        sheet = figure.Figure(figsize=(F * width, K1 * height), dpi=100)  # of the cells; what lies around is saved too
+        axes = sheet.add_axes((0, 0, 1, 1), xlabel="latent frame", ylabel="step")
+        gap = min(1, 6 * height)
+        cells = axes.pcolormesh(levels, cmap=data_to_noise, vmin=0, vmax=1, edgecolors="white", linewidth=gap, snap=True)
         if width >= 0.36 and height >= 0.16:
-            for (k, i), tau in zip(taus.new_ones(K1, F).nonzero().tolist(), taus.flatten().tolist(), strict=True):
+            for (k, i), tau in np.ndenumerate(levels):
                 colour = "white" if tau > 0.4 else "#333333"
                 axes.text(i + 0.5, k + 0.5, f"{tau:.2f}" if tau else "0", color=colour, ha="center", va="center")
         for ticks, count, every in ((axes.set_xticks, F, 0.2 / width), (axes.set_yticks, K1, 0.16 / height)):
@@ -47,58 +54,47 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
             axes.tick_params(axis="x", pad=20)
         axes.set(xlim=(0, F), ylim=(K1, 0))
         bar = axes.inset_axes((1 + 0.3 / (F * width), 0, 0.16 / (F * width), 1))
-        figure.colorbar(cells, bar, ticks=(0, 1), format=lambda tau, _: "1 noise" if tau else "0 data")
+        sheet.colorbar(cells, bar, ticks=(0, 1), format=lambda tau, _: "1 noise" if tau else "0 data")
         axes.set_title(title, loc="left", fontsize=14, pad=24, color="#222222")
         axes.text(0, -0.1 / height, "noise level of each latent frame, step by step")
         with cli.replacing(path) as temporary:
-            figure.savefig(temporary, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+            sheet.savefig(temporary, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
 
 
-def curves(title: str, panels: Sequence[dict[str, Line]], best: float | None = None, points: int = 400) -> str:
-    """Line charts side by side as one SVG, each of named lines on axes of their own range.
+def curves(
+    title: str, metrics: Sequence[dict], panels: Sequence[Sequence[str]], best: int | None = None, points: int = 400
+) -> str:
+    """Charts over the steps of a training, side by side as one SVG.
 
-    A line of more than `points` shows the means of equal stretches; a dotted line marks x = best. Lines without points
-    are left out, and without any the SVG is empty text.
+    metrics  the figures of each step, by name.
+    panels   the names of the figures in each chart, which has a range of its own; what was never measured is left out,
+             and if nothing was, the SVG is empty text.
+    best     a step to mark.
+    points   a longer line shows the means of so many equal stretches.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib import figure, style, ticker
 
-    panels = [{name: thin for name, line in panel.items() if (thin := _thinned(line, points))} for panel in panels]
-    panels = [panel for panel in panels if panel]
-    if not panels:
+    lines = [{name: line for name in panel if len(line := _line(metrics, name, points))} for panel in panels]
+    lines = [panel for panel in lines if panel]
+    if not lines:
         return ""
-    with _style():
-        figure = Figure(figsize=(9.6, 2.6), layout="constrained")
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color="#222222")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    with style.context(STYLE):
+        sheet, svg = figure.Figure(figsize=(9.6, 2.6), layout="constrained"), io.StringIO()
+        sheet.suptitle(title, x=0.01, ha="left", fontsize=11, color="#222222")
+        for axes, panel in zip(sheet.subplots(1, len(lines), squeeze=False)[0], lines, strict=True):
             for (name, line), colour in zip(panel.items(), COLOURS, strict=False):
-                axes.plot(*zip(*line, strict=True), color=colour, label=name, gid=name)
+                axes.plot(*line.T, color=colour, label=name, gid=name)
             if best is not None:
-                axes.axvline(best, color="#777777", linestyle=":", linewidth=1, label=f"best: step {best:g}")
+                axes.axvline(best, color=GREY, linestyle=":", linewidth=1, label=f"best: step {best}")
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=(1, 2, 5, 10), min_n_ticks=1))
             axes.grid(axis="y")
-        page = io.StringIO()
-        figure.savefig(page, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return page.getvalue()[page.getvalue().index("<svg") :]
+        sheet.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
 
 
-def _thinned(line: Line, points: int) -> Line:
-    line = [(x, y) for x, y in line if math.isfinite(y)]
-    length = math.ceil(len(line) / points) or 1
-    stretches = [line[i : i + length] for i in range(0, len(line), length)]
-    return [(stretch[-1][0], sum(y for _, y in stretch) / len(stretch)) for stretch in stretches]
-
-
-def _style() -> AbstractContextManager:
-    """Matplotlib's settings for the time of a picture: the same everywhere, whatever the user's own file says."""
-    from matplotlib import style
-
-    grey, none = "#555555", {f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")}
-    ours = {
-        "axes.labelcolor": grey, "text.color": grey, "xtick.color": grey, "ytick.color": grey, "font.size": 9,
-        "xtick.major.size": 0, "ytick.major.size": 0, "axes.edgecolor": "white", "grid.color": "#dddddd",
-        "legend.frameon": False, "axes.formatter.useoffset": False, "path.simplify": False,
-        "svg.fonttype": "none", "svg.hashsalt": "nanoPusa",
-    }  # fmt: skip
-    return style.context(["default", ours | none])
+def _line(metrics: Sequence[dict], name: str, points: int) -> np.ndarray:
+    """(step, figure) of at most so many points, and twice of a lone one, which then is a dot."""
+    known = [(line["step"], line[name]) for line in metrics if math.isfinite(line.get(name, math.nan))]
+    stretches = np.array_split(np.array(known * 2 if len(known) == 1 else known), points)
+    return np.array([(stretch[-1, 0], stretch[:, 1].mean()) for stretch in stretches if len(stretch)])

@@ -32,7 +32,6 @@ _ON_PAPER_HARDWARE = (
     "as A100s that keep up 40 % of their peak of 312 TFLOP/s in bf16; its training is 900 steps of 8 clips of 81 "
     "frames, 832x480, rank 512, on Wan2.1-T2V-14B with gradient checkpointing."
 )
-_VALIDATION = ("sync", "async", "clean")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
@@ -66,16 +65,14 @@ def write(folder: Path | str) -> Path:
 
 
 def _curves(metrics: list[dict[str, float]]) -> list[str]:
-    def lines(*names: str) -> dict[str, plots.Line]:
-        return {name: [(line["step"], line[name]) for line in metrics if name in line] for name in names}
-
-    scores = {line["step"]: sum(line[name] for name in _VALIDATION) for line in metrics if "sync" in line}
+    losses = ("sync", "async", "clean")
+    scores = {line["step"]: sum(line[name] for name in losses) for line in metrics if "sync" in line}
     best = min((step for step in scores if math.isfinite(scores[step])), key=scores.get, default=None)
     return [
-        plots.curves("training loss, and smoothed", [lines("loss", "smooth")]),
-        plots.curves("validation: fixed clips, noise and τ", [lines(name) for name in _VALIDATION], best),
-        plots.curves("validation: error of the frame next to a clean one", [lines("copy")]),
-        plots.curves("learning rate", [lines("lr")]),
+        plots.curves("training loss, and smoothed", metrics, [("loss", "smooth")]),
+        plots.curves("validation: fixed clips, noise and τ", metrics, [[name] for name in losses], best),
+        plots.curves("validation: error of the frame next to a clean one", metrics, [("copy",)]),
+        plots.curves("learning rate", metrics, [("lr",)]),
     ]
 
 

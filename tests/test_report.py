@@ -43,21 +43,23 @@ def ticks(svg: str) -> list[str]:
 
 
 def test_a_curve_spans_what_it_shows():
-    svg = plots.curves("title", [{"up": [(0, 0.0), (10, 2.0)], "none": []}])
+    svg = plots.curves("title", [{"step": 0, "up": 0.0}, {"step": 10, "up": 2.0}], [("up", "none")])
     (left, bottom), (right, top) = shown(svg, "up")
     width, height = (float(number) for number in re.search(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg).groups())
     assert right - left > 0.85 * width and bottom - top > 0.6 * height
     assert ">up<" in svg and ">none<" not in svg and ">title<" in svg
     assert {"0", "2", "10"} <= {text.removesuffix(".0").removesuffix(".00") for text in ticks(svg)}
-    long = plots.curves("", [{"a": [(x, float(x % 2)) for x in range(10000)]}], points=100)
-    assert len(shown(long, "a")) == 100
-    assert plots.curves("", [{"a": []}]) == plots.curves("", [{"a": [(1, float("nan"))]}, {}]) == ""
-    assert "nan" not in plots.curves("", [{"a": [(1, 3.0)]}])
+    long = plots.curves("", [{"step": x, "a": float(x % 2)} for x in range(10000)], [("a",)], points=100)
+    assert len(shown(long, "a")) == 100 and {y for _, y in shown(long, "a")} == {shown(long, "a")[0][1]}
+    assert plots.curves("", [], [("a",)]) == plots.curves("", [{"step": 1, "a": float("nan")}], [("a",), ()]) == ""
+    single = plots.curves("", [{"step": 1, "a": 3.0}], [("a",)])
+    assert "nan" not in single and len(shown(single, "a")) == 2  # a dot
 
 
 def test_each_panel_has_its_own_range_and_the_best_step_is_marked():
-    panels = [{"small": [(1, 0.1), (9, 0.11)]}, {"large": [(1, 50.0), (9, 70.0)]}, {"empty": []}]
-    svg = plots.curves("validation", panels, best=9)
+    metrics = [{"step": 1, "small": 0.1, "large": 50.0}, {"step": 9, "small": 0.11, "large": 70.0}]
+    panels = [("small",), ("large",), ("empty",)]
+    svg = plots.curves("validation", metrics, panels, best=9)
     heights = [abs(points[0][1] - points[1][1]) for points in (shown(svg, "small"), shown(svg, "large"))]
     assert heights[0] == pytest.approx(heights[1], rel=0.01) and svg.count(">best: step 9<") == 2
-    assert svg == plots.curves("validation", panels, best=9) and ">empty<" not in svg
+    assert svg == plots.curves("validation", metrics, panels, best=9) and ">empty<" not in svg
