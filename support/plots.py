@@ -34,8 +34,8 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
     with style.context(STYLE):
         sheet = figure.Figure(figsize=(F * width, K1 * height), dpi=100)  # of the cells; what lies around is saved too
         axes = sheet.add_axes((0, 0, 1, 1), xlabel="latent frame", ylabel="step")
-        gap = min(1, 6 * height)
-        cells = axes.pcolormesh(levels, cmap=data_to_noise, vmin=0, vmax=1, edgecolors="white", linewidth=gap, snap=True)
+        cells = axes.pcolormesh(levels, cmap=data_to_noise, vmin=0, vmax=1, edgecolors="white", snap=True)
+        cells.set_linewidth(min(1, 6 * height))
         if width >= 0.36 and height >= 0.16:
             for (k, i), tau in np.ndenumerate(levels):
                 colour = "white" if tau > 0.4 else "#333333"
