@@ -101,15 +101,15 @@ def write_json(path: Path | str, content: dict) -> None:
 
 
 class Progress(tqdm):
-    """One line on stderr with the share done, whatever figures the caller has, and the time left.
+    """One line on stderr with the share done, the time left, and whatever figures the caller has.
 
     A terminal redraws it twice a second at most; a log gets a line every 30 seconds, for the first step and the last.
     """
 
     monitor_interval = 0  # no thread that draws in between
 
-    def __init__(self, total: int, label: str, done: int = 0):
-        pause, line = 0.5 if sys.stderr.isatty() else 30, "{desc} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+    def __init__(self, total: int, label: str, done: int = 0) -> None:
+        pause, line = 0.5 if sys.stderr.isatty() else 30, "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
         # With the smallest of delays nothing is drawn before the first step.
         super().__init__(
             None, label, total, initial=done, mininterval=pause, miniters=1, smoothing=0, delay=1e-9, bar_format=line

@@ -216,7 +216,7 @@ def test_time_left_is_that_of_the_steps_so_far(clock, capsys):
     progress = cli.Progress(10, "denoising")
     clock.now += 40
     progress.step(loss=0.123456, psnr=20.0)
-    assert capsys.readouterr().err == "denoising 1/10, loss=0.1235, psnr=20, 06:00 left\n"
+    assert capsys.readouterr().err == "denoising 1/10, 06:00 left, loss=0.1235, psnr=20\n"
     clock.now += 40
     progress.step()
     assert capsys.readouterr().err == "denoising 2/10, 05:20 left\n"
