@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small import opened
 
 from toy import world
-from wan import checkpoint
 from wan.vae import MEMORY, VAEConfig, WanVAE
 
 ROOT = Path(__file__).parent.parent
@@ -205,7 +205,7 @@ def test_tiles_show_no_seam():
 
 @torch.no_grad()
 def test_tiles_of_the_embedded_vae_cost_less_than_a_decibel():
-    vae = checkpoint.load_vae("checkpoints/tiny")
+    vae = opened("checkpoints/tiny").vae()
     clips = [world.render(scene, 1) for scene in world.scenes(4, seed=1)]
     video = torch.cat([torch.cat(clips[:2], dim=-1), torch.cat(clips[2:], dim=-1)], dim=-2)[None]  # 128x128
 
