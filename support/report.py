@@ -27,7 +27,7 @@ td {{ padding: 0 2em 0 0; vertical-align: top }} td:first-child {{ color: #777 }
 </body></html>
 """
 _ON_PAPER_HARDWARE = (
-    "Operations are counted from the model's sizes (support/cost.py): the transformer's blocks, forward and "
+    "Operations are those that PyTorch counts (support/cost.py): the transformer, forward and "
     "backward, without VAE, text encoder, validation and samples. The paper's hardware is 8 GPUs of 80 GB, here taken "
     "as A100s that keep up 40 % of their peak of 312 TFLOP/s in bf16; its training is 900 steps of 8 clips of 81 "
     "frames, 832x480, rank 512, on Wan2.1-T2V-14B with gradient checkpointing."

@@ -17,6 +17,20 @@ from wan.vae import VAEConfig, WanVAE
 
 CONFIG = WanConfig(48, 96, 32, num_heads=2, num_layers=3, text_len=32, text_dim=16)
 SHAPE = (2, 16, 7, 8, 8)
+# The paper's: Wan2.1-T2V-14B, latents of 81 frames at 832x480, rank 512.
+PAPER_MODEL = WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+PAPER_SHAPE, PAPER_RANK = (16, 21, 60, 104), 512
+
+
+def _outline(config, rank, recomputed=False):
+    """A transformer without memory, made ready for training: a LoRA of a rank, or (None) all weights."""
+    with torch.device("meta"):
+        transformer = Wan(config)
+    if rank:
+        lora.inject(transformer, rank)
+    if recomputed:
+        train.recompute_blocks(transformer)
+    return transformer
 
 
 def _measured(full, dtype, again):
@@ -48,12 +62,12 @@ def test_the_memory_model_is_what_a_real_step_takes(full, dtype):
     """Counted tensors exactly; activations exactly too, and with checkpointing those of one block come on top."""
     trainable = partial(train.trainable, config=train.TrainConfig(full=full, rank=4))
     stored = torch.float32 if full else dtype
-    model = cost.memory(CONFIG, trainable, None, SHAPE, stored, dtype)
+    model = cost.memory(Wan, CONFIG, trainable, None, SHAPE, stored, dtype)
     *exact, saved = _measured(full, dtype, again=False)
     assert [model.weights, model.trained, model.gradients, model.optimizer] == exact
     assert model.activations == saved and model.gathered == 0
 
-    thrifty = cost.memory(CONFIG, trainable, train.recompute_blocks, SHAPE, stored, dtype)
+    thrifty = cost.memory(Wan, CONFIG, trainable, train.recompute_blocks, SHAPE, stored, dtype)
     *exact, outside = _measured(full, dtype, again=True)
     assert [thrifty.weights, thrifty.trained, thrifty.gradients, thrifty.optimizer] == exact
     assert outside < thrifty.activations < outside + saved / CONFIG.num_layers
@@ -62,17 +76,17 @@ def test_the_memory_model_is_what_a_real_step_takes(full, dtype):
 
 def test_the_papers_run_fits_its_gpus_and_its_price():
     """Rank 512 on 14B with one clip of 81 frames at 832x480 on each of 8 GPUs of 80 GB, which cost $500."""
-    trainable = partial(lora.inject, rank=512)
-    shape = (1, *cost.PAPER_SHAPE)
-    model = cost.PAPER_MODEL
-    needed = cost.memory(model, trainable, train.recompute_blocks, shape, torch.bfloat16, torch.bfloat16, 8)
+    trainable = partial(lora.inject, rank=PAPER_RANK)
+    run = ((1, *PAPER_SHAPE), torch.bfloat16, torch.bfloat16, cost.PAPER_GPUS)
+    needed = cost.memory(Wan, PAPER_MODEL, trainable, train.recompute_blocks, *run)
     assert 14.2e9 * 2 < needed.weights * 8 < 14.4e9 * 2 and 2.4e9 * 4 < needed.trained * 8 < 2.5e9 * 4
     assert needed.gradients == needed.trained and needed.total < 60 * 2**30
-    plain = cost.memory(model, trainable, None, shape, torch.bfloat16, torch.bfloat16, 8)
+    plain = cost.memory(Wan, PAPER_MODEL, trainable, None, *run)
     assert plain.activations > 300 * 2**30, "without gradient checkpointing it could not"
 
-    flops = cost.PAPER_WINDOWS * cost.window_flops(model, cost.PAPER_SHAPE, cost.PAPER_RANK, recomputed=True)
-    hours = flops / cost.PAPER_SPEED / 3600
+    window = cost.window_flops(_outline(PAPER_MODEL, PAPER_RANK, recomputed=True), PAPER_SHAPE)
+    assert cost.PAPER_FLOPS == pytest.approx(900 * 8 * window, rel=0.01)
+    hours = cost.PAPER_FLOPS / cost.PAPER_SPEED / 3600
     assert 50 < hours < 250, "GPU hours, at some $2 to $5 each"
 
 
@@ -85,7 +99,30 @@ def test_operations_are_those_that_pytorch_counts(rank):
     # The counter does not know the CPU's fused attention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         transformer(torch.randn(1, *shape), torch.rand(1, 7), torch.randn(1, 32, 16)).sum().backward()
-    assert cost.window_flops(CONFIG, shape, rank) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert cost.window_flops(_outline(CONFIG, rank), shape) == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("rank", [None, 32])
+def test_operations_are_those_of_the_formula(rank, recomputed):
+    """Of the blocks: backward, a product's input costs as much as the product, its weights as much if they are trained.
+
+    With checkpointing, all products of the blocks are computed once more.
+    """
+    config, shape = WanConfig(num_layers=4), (16, 21, 60, 104)
+    L, T, D, D_ffn = cost.tokens(shape), config.text_len, config.dim, config.ffn_dim
+    base, attention = 2 * (L * (6 * D * D + 2 * D * D_ffn) + T * 2 * D * D), 4 * L * (L + T) * D
+    pairs = 2 * (rank or 0) * (L * (12 * D + 2 * (D + D_ffn)) + T * 4 * D)
+    by_hand = base * ((2 if rank else 3) + recomputed) + (attention + pairs) * (3 + recomputed)
+    counted = cost.window_flops(_outline(config, rank, recomputed), shape)
+    assert counted == pytest.approx(config.num_layers * by_hand, rel=0.01)
+
+
+def test_counting_draws_nothing_at_random():
+    """Training counts at its first step, and must go on as if it had not."""
+    before = torch.random.get_rng_state()
+    cost.window_flops(_outline(CONFIG, 4, recomputed=True), SHAPE[1:])
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_what_sampling_takes(monkeypatch):
@@ -104,7 +141,7 @@ def test_what_sampling_takes(monkeypatch):
     assert whole[0] == pytest.approx(2 * encoder / 2**30, abs=0.005) and offloaded[0] == 0
     assert whole[1] - offloaded[1] == pytest.approx(2 * weights / 2**30 * 6 / 8, rel=0.1), "two of eight blocks"
     assert whole[2] == offloaded[2] == pytest.approx(1 + 4 * vae / 2**30, abs=0.005)
-    forward = cost.window_flops(config, (16, 3, 8, 8), None) / 3  # a third of a training step
+    forward = cost.window_flops(_outline(config, None), (16, 3, 8, 8)) / 3  # a third of a training step
     assert time.startswith(f"time: about {round(2 * 10 * forward / 1e9)} s")
     _, (whole, _), _ = said(True)
     assert whole[2] == pytest.approx(1 + (4 * vae + 2 * weights) / 2**30, abs=0.005)
