@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import cli, cost, resume
+from support import cli, cost
 
 COLOURS = ("#1f5fa8", "#e87722", "#2a9d6f", "#8a4fbf")
 
@@ -27,7 +27,7 @@ def write(folder: Path | str) -> Path:
         json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for path in (folder / "settings.json", folder / "facts.json")
     )
-    metrics = resume.read_metrics(folder)
+    metrics = read_metrics(folder)
     title = f"{folder.resolve().name}: {'all weights' if settings.get('full') else 'a Pusa LoRA'}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
 
@@ -56,6 +56,13 @@ def write(folder: Path | str) -> Path:
     with cli.replacing(path) as temporary:
         temporary.write_text(_PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
     return path
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`; one that was cut off while it was written is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 _PAGE = """<!DOCTYPE html>

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from support import cli, distributed
+from support.report import read_metrics
 
 
 def newest_state(out: Path | str) -> Path | None:
@@ -112,13 +113,6 @@ def open_folder(out: Path, settings: dict, facts: dict, step: int) -> None:
     lines = [line for line in read_metrics(out) if line["step"] <= step]
     with cli.replacing(out / "metrics.jsonl") as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def read_metrics(out: Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`; one that was cut off while it was written is left out."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def log(out: Path, board, figures: dict[str, float]) -> None:
