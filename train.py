@@ -8,6 +8,11 @@ velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddin
     python train.py --data clips/ --rank 512 --dry-run               what a run would see and need
     torchrun --nproc-per-node 8 train.py --data clips/               on eight GPUs, see `distributed.py`
 
+Wan2.2 has two transformers, one for high and one for low noise, and `--expert` trains one of them. When it samples, its
+free frames are at noise levels on its own side of the boundary, but its conditions are at m·σ, which is often 0. An
+expert that was trained on its own side alone would never have seen a clean frame, and its LoRA could not learn to use
+one. So both experts draw τ over all of [0, 1], as a single transformer does.
+
 A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
 `--resume` as if it had not been: on a CPU, with the same number of threads, its LoRA is the same to the byte.
 Everything is written to `runs/NAME/`; `python -m support.report` makes a page of it.
@@ -59,7 +64,7 @@ class TrainConfig:
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
     drop_caption: float = cli.option(0.1, "probability of training without the caption, which guidance needs")
     expert: str | None = cli.option(
-        None, "which of Wan2.2's two transformers to train, by noise levels of its range", choices=("high", "low")
+        None, "which of Wan2.2's two transformers to train, over all noise levels", choices=("high", "low")
     )
     boundary: float | None = cli.option(None, "with --expert: noise level that parts the two (default: the model's)")
     full: bool = cli.option(False, "train all weights of the transformer instead of a LoRA")
@@ -164,7 +169,7 @@ def train(config: TrainConfig) -> Path:
             figures = _account(run, config, clips, transformer, step, loss, time.monotonic() - begun)
             if config.val_every and (last or done % config.val_every == 0):
                 batch = math.ceil(config.batch / (config.accumulate * distributed.size()))
-                validation = validate(transformer, clips, device, dtype, batch, noise_range(config))
+                validation = validate(transformer, clips, device, dtype, batch)
                 figures |= distributed.agreed(validation)
                 _keep_best(config, clips, transformer, figures, run)
             resume.log(out, board, {**run, "lr": lr, **figures})
@@ -243,7 +248,7 @@ def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int
     dropped = (torch.rand(B, generator=generator) < config.drop_caption).tolist()
     prompts = ["" if drop else clips.prompts[i] for drop, i in zip(dropped, picked, strict=True)]
     x1 = torch.randn(B, C, F, H, W, generator=generator)
-    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator, within=noise_range(config))
+    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator)
 
     context = clips.context(prompts[mine])
     x1, tau = (whole[mine].to(device) for whole in (x1, tau))
@@ -251,16 +256,10 @@ def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int
     return flow.fafm_loss(velocity, x0, x1, tau, config.weighting) * (len(x0) / B)
 
 
-def noise_range(config: TrainConfig) -> tuple[float, float]:
-    """The lowest and the highest noise level that a frame is trained at: of two experts, each has its own side."""
-    return {None: (0.0, 1.0), "high": (config.boundary, 1.0), "low": (0.0, config.boundary)}[config.expert]
-
-
 @torch.no_grad()
 def validate(
-    network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16,
-    within: tuple[float, float] = (0.0, 1.0),
-) -> dict[str, float]:  # fmt: skip
+    network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16
+) -> dict[str, float]:
     """Figures on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
 
     The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
@@ -269,10 +268,7 @@ def validate(
     `copy` asks what the network takes from a clean frame: with the first at τ = 0 and all others pure noise, it is the
     mean squared error of the frame next to the clean one as predicted in a single step, x1 - v, against the data. 0 is
     that frame to the bit; what the prompt alone tells leaves about the variance of the latents, which is 1.
-
-    within: the lowest and highest τ of an expert's noisy frames; its `copy` starts from the highest, x - τ·v.
     """
-    low, high = within
     shown = clips.validation[:16]
     V, F = len(shown), clips.latents[shown[0]].shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -281,8 +277,8 @@ def validate(
     taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together}
     if F > 1:
         taus["copy"] = torch.ones(V, F)
-    taus = {name: low + (high - low) * levels for name, levels in taus.items()}
     for name in taus.keys() & {"clean", "copy"}:
+        taus[name] = taus[name].clone()
         taus[name][:, 0] = 0
     figures = dict.fromkeys(taus, 0.0)
     for bucket in dataset.by_shape([x1.shape for x1 in x1s], range(V)):
@@ -296,7 +292,7 @@ def validate(
                 with _autocast(device, dtype):
                     velocity = network(x, tau, context)
                 if name == "copy":
-                    error = (x - high * velocity - x0)[:, :, 1].square().mean()
+                    error = (x - velocity - x0)[:, :, 1].square().mean()
                 else:
                     error = flow.fafm_loss(velocity, x0, x1, tau)
                 figures[name] += error.item() * len(members) / V
@@ -520,8 +516,8 @@ def _filmstrip(config: TrainConfig, transformer: Wan, clips: Dataset, path: Path
     """
     vae = checkpoint.load_vae(config.model, device=config.device)
     preset = checkpoint.load_preset(config.model)
-    sigma, (low, high) = flow.sigma_schedule(preset.steps, preset.shift), noise_range(config)
-    mine = (low <= sigma) & (sigma < high if config.expert == "low" else sigma <= 1)
+    sigma = flow.sigma_schedule(preset.steps, preset.shift)
+    mine = sigma >= 0 if config.expert is None else (sigma >= config.boundary) == (config.expert == "high")
     mine[-1] = True
     rows, marks = [], []
     for index in clips.validation[:2]:
