@@ -101,7 +101,7 @@ class Dataset(NamedTuple):
     validation: list[int]  # a window of each clip that no training step sees
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
     digest: str = ""  # of everything above
-    skipped: tuple[dataset.Skipped, ...] = ()
+    skipped: Sequence[dataset.Skipped] = ()
 
 
 class Batch(NamedTuple):
@@ -117,24 +117,13 @@ class Batch(NamedTuple):
 def train(config: TrainConfig) -> Path:
     """Run a training to its end and return the path of what it made: `lora.safetensors`, or the model's folder."""
     opened = checkpoint.open(config.model, Wan)
-    config = checked(config, opened.two_experts, opened.preset.boundary)
+    config = checked(config, opened)
     run = resume.Run(vars(config), _MAY_CHANGE)
-    device, dtype, processes = config.device, getattr(torch, config.dtype), distributed.size()
-    encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
-    clips = prepare(opened, config, encoder)
-    transformer = load_base(opened, config)
-    torch.manual_seed(config.seed)
-    if config.from_scratch:
-        transformer.init_weights()  # on the CPU, so that a seed gives the same on any device
-        encoder.init_weights()
-    base = cache.fingerprint(transformer) if distributed.rank() == 0 else None
-    inputs = {"clips": clips.digest, "base model": distributed.broadcast(base)}
-    trainable(transformer, config)
-    place(transformer, encoder, config, len(clips.training))
-    models = nn.ModuleDict({"transformer": transformer} | ({"text_encoder": encoder} if encoder else {}))
+    clips, models, inputs = set_up(opened, config)
+    transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
     trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(config, list(models.values()))
-    windows = math.ceil(config.batch / (config.accumulate * processes))  # at a time
+    parts = range(config.accumulate * distributed.size())  # of each step's batch
     window_cost = functools.cache(partial(_window_cost, transformer.config, config))
 
     with run.open(models, optimizers, inputs, facts(config, clips, transformer, trained)) as steps:
@@ -142,11 +131,11 @@ def train(config: TrainConfig) -> Path:
             begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
-            for part in distributed.my_share(range(config.accumulate * processes)):
+            for part in distributed.my_share(parts):
                 batch = draw(clips, config, step, part)
                 with _autocast(device, dtype):
                     share = step_loss(transformer, batch, clips.context, config.weighting, device)
-                (share * processes).backward()  # gradients become the mean over the processes
+                (share * distributed.size()).backward()  # gradients become the mean over the processes
                 loss += share.item()
             loss = distributed.all_reduce(loss, device)
             if not math.isfinite(loss):
@@ -158,8 +147,9 @@ def train(config: TrainConfig) -> Path:
 
             figures = run.count(loss, time.monotonic() - begun, *window_cost(batch.x0.shape[1:])) | {"lr": lr}
             if run.due(config.val_every, at_end=True):
+                windows = math.ceil(config.batch / len(parts))  # at a time
                 figures |= distributed.broadcast(validate(transformer, clips, device, dtype, windows))
-                if run.is_best(sum(figures[name] for name in ("sync", "async", "clean")) / 3) and not config.full:
+                if run.is_best(figures) and not config.full:
                     write_lora(run.out / "best.safetensors", opened, models, config, clips.digest, step + 1)
             run.log(figures)
             if run.due(config.sample_every):
@@ -171,9 +161,29 @@ def train(config: TrainConfig) -> Path:
     else:
         result = write_lora(run.out / "lora.safetensors", opened, models, config, clips.digest, config.steps)
     run.save_filmstrip("filmstrip.png", *filmstrip(opened, transformer, clips, config))
-    tell_skipped(clips.skipped)
+    tell_skipped(clips.skipped, len(clips.latents), config)
     run.finish(result)
     return result
+
+
+def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict, dict[str, str]]:
+    """The data, the models with what is trained, on their device, and fingerprints of what the run is made from."""
+    encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
+    clips = prepare(opened, config, encoder)
+    models = nn.ModuleDict({"transformer": load_base(opened, config)} | ({"text_encoder": encoder} if encoder else {}))
+    torch.manual_seed(config.seed)
+    for model in models.values() if config.from_scratch else ():
+        model.init_weights()  # on the CPU, so that a seed gives the same on any device
+    base = cache.fingerprint(models["transformer"]) if distributed.rank() == 0 else None
+    trainable(models["transformer"], config)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape of latents is compiled apart
+        models["transformer"].compile_blocks()
+    if config.gradient_checkpointing:
+        recompute_blocks(models["transformer"])
+    if distributed.size() > 1:
+        shard(models, config.device)
+    return clips, models.to(config.device), {"clips": clips.digest, "base model": distributed.broadcast(base)}
 
 
 def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch:
@@ -262,34 +272,19 @@ def trainable(transformer: Wan, config: TrainConfig) -> list[nn.Parameter]:
     return list(transformer.requires_grad_(True).parameters())
 
 
-def place(transformer: Wan, encoder: nn.Module | None, config: TrainConfig, shapes: int) -> None:
-    """Bring what is trained to its device, compiled and with gradient checkpointing where that is asked for."""
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 8 * shapes  # each shape of latents is compiled apart
-        transformer.compile_blocks()
-    if config.gradient_checkpointing:
-        recompute_blocks(transformer)
-    if distributed.size() > 1:
-        shard(transformer, encoder, config.device)
-        return
-    for model in (transformer, encoder) if encoder else (transformer,):
-        model.to(config.device)
-
-
 def recompute_blocks(transformer: Wan) -> None:
     """Gradient checkpointing: keep only what goes into each block, and compute the block again when going back."""
     for block in transformer.blocks:
         block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def shard(transformer: Wan, encoder: nn.Module | None, device: str) -> None:
+def shard(models: nn.ModuleDict, device: str) -> None:
     """Give each process a shard of every parameter; those of a block are gathered when it computes."""
     units = []
-    for block in transformer.blocks:  # the prompt's keys and values are computed before and apart from the rest of it
+    for block in models["transformer"].blocks:  # the prompt's keys and values are computed before the rest of it
         units += [[block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k], block]
-    distributed.shard(transformer, units, device)
-    if encoder:
-        distributed.shard(encoder, [], device)
+    for name, model in models.items():
+        distributed.shard(model, units if name == "transformer" else [], device)
 
 
 def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.optim.Optimizer]:
@@ -314,95 +309,82 @@ def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> D
     clip_of = [k for k, windows in enumerate(latents) for _ in windows.places]  # of each window, the number of its clip
     captions = [source.clip.caption for source in sources]
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held = min(16, len(sources) // 10)
-    learned = set(order[held:])
+    held_out = min(16, len(sources) // 10)
+    learned = set(order[held_out:])
     sizes = [sources[k].size for k in clip_of]  # in pixels; of one size, latents have one shape
     return Dataset(
         latents=cache.Kept(place for windows in latents for place in windows.places),
         prompts=[captions[k] for k in clip_of],
         context=encode_captions(opened, config, captions, encoder),
         # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
-        validation=[clip_of.index(k) for k in order[:held] or order],
+        validation=[clip_of.index(k) for k in order[:held_out] or order],
         training=dataset.by_shape(sizes, [i for i, k in enumerate(clip_of) if k in learned]),
         digest=hashlib.sha256(json.dumps([*zip(captions, keys, strict=True)]).encode()).hexdigest()[:16],
-        skipped=tuple(skipped),
+        skipped=skipped,
     )
 
 
-def look_through(config: TrainConfig, preset: checkpoint.Preset) -> tuple[list, list, int, int]:
-    """The clips that can be used, those that cannot, how many there are, and the frames of a window."""
-    size = cli.parse_size(config.size) if config.size else preset.size
-    frames = preset.frames if config.frames is None else config.frames
-    tasks.latent_frames(frames)
-    clips = dataset.find_clips(config.data)
-    sources, skipped = dataset.survey(clips, size, frames, preset.fps, config.buckets)
-    refuse_skipped(skipped, len(clips), config)
-    return sources, skipped, len(clips), frames
+def look_through(config: TrainConfig, fps: float) -> tuple[list[dataset.Source], list[dataset.Skipped]]:
+    """The clips that can be used, and those that cannot."""
+    found, size = dataset.find_clips(config.data), cli.parse_size(config.size)
+    sources, skipped = dataset.survey(found, size, config.frames, fps, config.buckets)
+    tell_skipped(skipped, len(sources), config)
+    return sources, skipped
 
 
-def encode_clips(opened: Opened, config: TrainConfig) -> tuple[list, list, list, list]:
-    """The clips that can be used, with a name for each one's content and its latents; and the clips that cannot."""
-    sources, skipped, found, frames = look_through(config, opened.preset)
-    folder, fps, vae = _cache_folder(config), opened.preset.fps, opened.vae(device=config.device)
+def encode_clips(opened: Opened, config: TrainConfig) -> tuple[Sequence, Sequence, Sequence, list[dataset.Skipped]]:
+    """The clips that can be used, a name for the content of each, and its latents; and the clips that cannot."""
+    fps, vae = opened.preset.fps, opened.vae(device=config.device)
+    sources, skipped = look_through(config, fps)
 
     def encode(window: Tensor) -> Tensor:
         with _autocast(config.device, getattr(torch, config.dtype)):
             return vae.encode(window.to(config.device))
 
-    keys = cache.latent_keys(sources, frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
-    cache.latents(*map(distributed.my_share, (sources, keys)), frames, fps, encode, folder)
+    keys = cache.latent_keys(sources, config.frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
+    load = partial(cache.latents, frames=config.frames, fps=fps, encode=encode, folder=config.cache)
+    load(distributed.my_share(sources), distributed.my_share(keys))
     distributed.barrier()
-    latents, damaged = cache.latents(sources, keys, frames, fps, encode, folder)  # all are there now
-    if damaged:
-        skipped += damaged
-        refuse_skipped(skipped, found, config)
+    latents, damaged = load(sources, keys)  # all are there now
     usable = [item for item in zip(sources, keys, latents, strict=True) if item[2] is not None]
-    return *map(list, zip(*usable, strict=True)), skipped
+    if damaged:
+        tell_skipped(skipped + damaged, len(usable), config)
+    return *zip(*usable, strict=True), skipped + damaged
 
 
 def encode_captions(
     opened: Opened, config: TrainConfig, captions: list[str], encoder: nn.Module | None
 ) -> Callable[[list[str]], Tensor]:
-    """A function from captions to their embeddings on the device. The empty one, for guidance, is among them."""
+    """A function from captions, or the empty one that guidance needs, to their embeddings on the device."""
     if encoder:
         return partial(text.embed, opened.tokenizer(), encoder)
-    captions = sorted({*captions, ""})
-    encode = partial(
-        opened.encode_prompts, dtype=getattr(torch, config.dtype), device=config.device,
-        cache_folder=_cache_folder(config),
-    )  # fmt: skip
-    encode(distributed.my_share(captions))
+    captions, dtype = sorted({*captions, ""}), getattr(torch, config.dtype)
+    opened.encode_prompts(distributed.my_share(captions), dtype, config.device, config.cache)
     distributed.barrier()
-    embed = encode(captions)  # all are there now
+    embed = opened.encode_prompts(captions, dtype, config.device, config.cache)  # all are there now
     return lambda prompts: embed(prompts).to(config.device)
 
 
-def refuse_skipped(skipped: list[dataset.Skipped], found: int, config: TrainConfig) -> None:
-    """Tell which clips are left out. Raises ValueError if there may be none such, or if no clip is left."""
-    if skipped and (config.strict or len(skipped) == found):
-        first = f"{len(skipped)} of {found} clips in {config.data} cannot be used, the first is {skipped[0].path.name}"
-        advice = "mend or remove them, or leave out --strict" if len(skipped) < found else "mend them or add others"
-        raise ValueError(f"{first} ({skipped[0].reason}); {advice}")
-    tell_skipped(skipped)
-
-
-def tell_skipped(skipped: Sequence[dataset.Skipped]) -> None:
+def tell_skipped(skipped: list[dataset.Skipped], usable: int, config: TrainConfig) -> None:
+    """Name the clips that are left out. Raises ValueError if none may be, or if all are."""
+    if skipped and (config.strict or not usable):
+        first = f"{len(skipped)} of {len(skipped) + usable} clips in {config.data} cannot be used, the first is "
+        advice = "mend or remove them, or leave out --strict" if usable else "mend them or add others"
+        raise ValueError(f"{first}{skipped[0].path.name} ({skipped[0].reason}); {advice}")
     if skipped:
-        print(f"clips left out: {len(skipped)}")
-    for path, reason in skipped:
-        print(f"  {path.name}: {reason}")
+        print("\n".join([f"clips left out: {len(skipped)}", *(f"  {path.name}: {why}" for path, why in skipped)]))
 
 
 def rehearse(config: TrainConfig) -> str:
     """What a run would see and need, without its weights: clips, buckets, parameters, memory."""
     opened = checkpoint.open(config.model, Wan)
-    config = checked(config, opened.two_experts, opened.preset.boundary)
-    sources, _, found, frames = look_through(config, opened.preset)
+    config = checked(config, opened)
+    sources, skipped = look_through(config, opened.preset.fps)
     windows = Counter()
     for source in sources:
         windows[source.size] += source.windows
     width, height = max(windows, key=math.prod)
-    shape = (opened.config.in_dim, tasks.latent_frames(frames), height // 8, width // 8)
+    shape = (opened.config.in_dim, tasks.latent_frames(config.frames), height // 8, width // 8)
     each = math.ceil(config.batch / config.gpus / config.accumulate)
     stored = _stored(config)
     plain, thrifty = (
@@ -417,7 +399,8 @@ def rehearse(config: TrainConfig) -> str:
     unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
     rows = zip((*plain._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
     return "\n".join([
-        f"{len(sources)} of {found} clips, {windows.total()} windows of {frames} frames at {opened.preset.fps:g} fps",
+        f"{len(sources)} of {len(sources) + len(skipped)} clips, "
+        f"{windows.total()} windows of {config.frames} frames at {opened.preset.fps:g} fps",
         *(f"  {width}x{height}: {count} windows" for (width, height), count in sorted(windows.items())),
         f"{trained / 1e6:.2f} M trainable parameters, {frozen / 1e6:.2f} M frozen",
         f"{config.steps} steps of {config.batch} windows of up to {tokens} tokens: "
@@ -435,9 +418,10 @@ def _window_cost(model: WanConfig, config: TrainConfig, shape: tuple[int, ...]) 
 
 
 def facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:
-    gpu, many = torch.device(config.device).type == "cuda", distributed.size()
-    threads = f"threads: {torch.get_num_threads()}"
-    device = torch.cuda.get_device_name(config.device) if gpu else f"{config.device.upper()}, {threads}"
+    """What facts.json says of a run."""
+    device, many = f"{config.device.upper()}, threads: {torch.get_num_threads()}", distributed.size()
+    if torch.device(config.device).type == "cuda":
+        device = torch.cuda.get_device_name(config.device)
     return {
         "base": config.model,
         "parameters": sum(p.numel() for p in transformer.parameters()),
@@ -529,15 +513,8 @@ def _stored(config: TrainConfig) -> torch.dtype:
     return torch.float32 if config.full else getattr(torch, config.dtype)
 
 
-def _cache_folder(config: TrainConfig) -> Path:
-    return Path(config.cache or Path(config.data) / ".cache")
-
-
-def checked(config: TrainConfig, two_experts: bool, boundary: float) -> TrainConfig:
-    """The config with device, dtype and boundary decided. Raises ValueError for what no run can be.
-
-    two_experts, boundary: whether the model has them, and where their noise levels meet unless the config says it.
-    """
+def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
+    """The config with the model's own values where it has none. Raises ValueError for what no run can be."""
     for name in ("rank", "steps", "batch", "accumulate", "keep", "gpus"):
         if getattr(config, name) < 1:
             raise ValueError(f"got --{name} {getattr(config, name)}, expected at least 1")
@@ -554,34 +531,36 @@ def checked(config: TrainConfig, two_experts: bool, boundary: float) -> TrainCon
         raise ValueError(f"got --alpha {config.alpha:g}, expected a positive number, such as the rank")
     if not 0 < config.lr < 1:
         raise ValueError(f"got --lr {config.lr}, expected a number between 0 and 1, such as 1e-3")
-    for name in ("p_async", "drop_caption"):
-        if not 0 <= getattr(config, name) <= 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"got --{flag} {getattr(config, name)}, expected a probability in [0, 1]")
-    flow.shifted(torch.ones(1), config.shift)
+    for flag, value in (("p-async", config.p_async), ("drop-caption", config.drop_caption)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"got --{flag} {value}, expected a probability in [0, 1]")
+    flow.shifted(1.0, config.shift)
     if config.from_scratch and not config.full:
         raise ValueError("got --from-scratch without --full: a LoRA needs trained weights under it; add --full")
     if config.muon and not config.full:
         raise ValueError("got --muon without --full: Muon is for whole matrices, not for a LoRA's pairs; add --full")
-    boundary = _boundary(config, two_experts, boundary)
+    boundary = _boundary(config, opened)
+    width, height = cli.parse_size(config.size) if config.size else opened.preset.size
+    frames = opened.preset.frames if config.frames is None else config.frames
+    tasks.latent_frames(frames)
     device = cli.pick_device(config.device)
-    dtype = str(cli.pick_dtype(config.dtype, device)).removeprefix("torch.")
-    return dataclasses.replace(config, device=device, dtype=dtype, boundary=boundary)
+    return dataclasses.replace(
+        config, size=f"{width}x{height}", frames=frames, cache=config.cache or str(Path(config.data) / ".cache"),
+        boundary=boundary, device=device, dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
+    )  # fmt: skip
 
 
-def _boundary(config: TrainConfig, two_experts: bool, boundary: float) -> float | None:
+def _boundary(config: TrainConfig, opened: Opened) -> float | None:
     """Where the noise levels of two experts meet, None for a single transformer."""
-    if two_experts != (config.expert is not None):
+    if opened.two_experts != (config.expert is not None):
         advice = "leave out --expert" if config.expert else "choose one of them by --expert high or --expert low"
         raise ValueError(f"{config.model} has {'one transformer' if config.expert else 'two experts'}; {advice}")
-    if config.expert is None:
-        if config.boundary is not None:
-            raise ValueError("got --boundary without --expert, expected both or neither")
-        return None
-    if config.from_scratch:
+    if config.expert is None and config.boundary is not None:
+        raise ValueError("got --boundary without --expert, expected both or neither")
+    if config.expert and config.from_scratch:
         raise ValueError("got --from-scratch with --expert: the other expert would not know the new text encoder")
-    boundary = boundary if config.boundary is None else config.boundary
-    if not 0 < boundary < 1:
+    boundary = config.boundary if config.boundary is not None or not config.expert else opened.preset.boundary
+    if boundary is not None and not 0 < boundary < 1:
         raise ValueError(f"got --boundary {boundary}, expected a noise level between 0 and 1, such as 0.875")
     return boundary
 

@@ -1,11 +1,10 @@
-"""Training by several processes, each with a GPU of its own, on one machine or many that see the same
-folders. PyTorch's torchrun starts them:
+"""Training by several processes, each with a GPU of its own, on one machine or many that see the same folders.
+PyTorch's torchrun starts them:
 
     torchrun --nproc-per-node 8 train.py --data clips/ --batch 8
 
-Each process takes its share of every batch, and holds one shard of every parameter, gradient and optimizer state. This
-is PyTorch's FSDP2: it gathers the parameters of a block while that block computes, and averages the gradients over the
-processes. What is drawn at random follows from seed and step, so nobody has to be told. The first process reads the
+Each process takes its share of every batch, and holds one shard of every parameter, gradient and optimizer state
+(FSDP2). What is drawn at random follows from seed and step, so nobody has to be told. The first process reads the
 weights and writes the folder of the run. For a process on its own, everything here does nothing.
 """
 
@@ -14,19 +13,23 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
 
 from support import cli
 
 
 def size() -> int:
     """How many processes work together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -41,26 +44,23 @@ def process_group(device: str | None) -> Iterator[str | None]:
     Takes the device that the user named, and yields this process's own. What processes other than the first print is
     dropped, but not what ends them.
     """
-    if not dist.is_available() or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield device
         return
     kind = cli.pick_device(device)
     if kind not in ("cuda", "cpu"):
         raise ValueError(f"got --device {kind} for several processes, expected cuda, a GPU for each of them, or cpu")
     own = "cpu" if kind == "cpu" else cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    if kind == "cuda":
+    gpu = None if kind == "cpu" else torch.device(own)
+    if gpu:
         torch.cuda.set_device(own)
     # Others wait while the first one writes a state. torchrun notices when a process has died, and ends the rest.
-    backend, gpu = ("nccl", torch.device(own)) if kind == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=gpu)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=gpu)
     try:
-        with ExitStack() as stack:
-            if rank() > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(redirect_stdout(nowhere))
-                stack.enter_context(redirect_stderr(nowhere))
-            print(f"{size()} processes; should one die, the same command with --resume goes on from the last save")
-            yield own
+        with open(os.devnull, "w") if rank() > 0 else nullcontext() as nowhere:
+            with redirect_stdout(nowhere or sys.stdout), redirect_stderr(nowhere or sys.stderr):
+                print(f"{size()} processes; should one die, the same command with --resume goes on from the last save")
+                yield own
     except KeyboardInterrupt:
         if rank() > 0:
             sys.exit(130)  # the first one says it for all
@@ -68,17 +68,16 @@ def process_group(device: str | None) -> Iterator[str | None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        reason = str(error).splitlines()[0][:200]
         raise ConnectionError(
-            f"process {rank()} lost the others, of which torchrun says what ended first ({reason}); "
-            "go on from the last save with the same command and --resume"
+            f"process {rank()} lost the others, of which torchrun says what ended first "
+            f"({str(error).splitlines()[0][:200]}); go on from the last save with the same command and --resume"
         ) from error
-    gc.collect()  # a sharded model that outlives its process group can end the process with an abort
+    gc.collect()  # a sharded model that outlives its process group can abort the process as it ends
     dist.destroy_process_group()
 
 
 def my_share(items: Sequence) -> Sequence:
-    """What this process takes of the items that all processes share out: every `size()`-th, from its own rank on."""
+    """Those of the items that this process takes: every `size()`-th, from its own rank on."""
     return items[rank() :: size()]
 
 
@@ -90,14 +89,13 @@ def barrier() -> None:
 
 def all_reduce(number: float, device: str) -> float:
     """The sum of a number over the processes."""
-    if size() == 1:
-        return number
-    tensor = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.item()
+    total = torch.tensor(number, dtype=torch.float64, device=device if size() > 1 else "cpu")
+    if size() > 1:
+        dist.all_reduce(total)
+    return total.item()
 
 
-def broadcast(value):
+def broadcast(value: Any) -> Any:
     """The value that the first process has."""
     values = [value]
     if size() > 1:
@@ -109,13 +107,9 @@ def shard(model: nn.Module, units: Iterable[nn.Module | list[nn.Module]], device
     """Give each process its shard of every parameter, on its device.
 
     The values come from the first process; the model of the others may be without memory. The parameters of a unit are
-    gathered together, when it is called; units within others come first. What is in no unit is gathered for the whole
-    forward pass.
+    gathered when it is called; units within others come first. What is in no unit is gathered for the whole forward
+    pass.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
-
     values = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     mesh = init_device_mesh(torch.device(device).type, (size(),))

@@ -135,9 +135,9 @@ class Run:
         self.figures["flops"] += batch * flops
         return {"loss": loss, "samples/s": batch / seconds, "tokens/s": batch / seconds * tokens}
 
-    def is_best(self, score: float) -> bool:
-        """Whether a validation's loss is the lowest so far."""
-        best = self.figures["best"]
+    def is_best(self, figures: dict[str, float]) -> bool:
+        """Whether the mean of a validation's three losses is the lowest so far."""
+        score, best = sum(figures[name] for name in ("sync", "async", "clean")) / 3, self.figures["best"]
         better = math.isfinite(score) and (best is None or score < best)
         self.figures["best"] = score if better else best
         return better

@@ -205,7 +205,8 @@ def _work_together(model, folder):
         transformer = injected() if rank == 0 else opened.outline()[0]
         if rank > 0:
             train.trainable(transformer, config)
-        train.shard(transformer, None, device)
+        models = torch.nn.ModuleDict({"transformer": transformer})
+        train.shard(models, device)
         parameters = dict(transformer.named_parameters())
         found["bytes"] = sum(p.to_local().nbytes for p in parameters.values())
         found["full bytes"] = sum(p.nbytes for p in alone.parameters())
@@ -221,7 +222,7 @@ def _work_together(model, folder):
         clipped = [gradient.full_tensor().norm() for gradient in sharded.values()]
         found["clipped"] = torch.stack(clipped).norm().item()
         found["shard"] = list(parameters["blocks.0.ffn.0.lora_A"].to_local().shape)
-        full = train.full_models(opened, torch.nn.ModuleDict({"transformer": transformer}), config)
+        full = train.full_models(opened, models, config)
         found["full"] = rank == 1 or str(lora.extract(full["transformer"])) == str(lora.extract(alone))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 

@@ -593,7 +593,7 @@ def test_one_clip_in_ten_is_kept_for_validation(model, tmp_path):
         (folder / f"{i:02d}.txt").write_text(f"number {i}")
     encoder = _open(model).text_encoder()
     config = TrainConfig(data=str(folder), model=str(model), frames=1, device="cpu", dtype="float32")
-    clips = train.prepare(_open(model), config, None)
+    clips = train.prepare(_open(model), train.checked(config, _open(model)), None)
     (training,) = clips.training
     assert len(clips.validation) == 2 and len(training) == 18
     assert sorted(clips.validation + training) == list(range(20))
