@@ -343,9 +343,7 @@ def encode_clips(opened: Opened, config: TrainConfig) -> tuple[Sequence, Sequenc
 
     keys = cache.latent_keys(sources, config.frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
     load = partial(cache.latents, frames=config.frames, fps=fps, encode=encode, folder=config.cache)
-    load(distributed.my_share(sources), distributed.my_share(keys))
-    distributed.barrier()
-    latents, damaged = load(sources, keys)  # all are there now
+    latents, damaged = distributed.each_its_share(load, sources, keys)
     usable = [item for item in zip(sources, keys, latents, strict=True) if item[2] is not None]
     if damaged:
         tell_skipped(skipped + damaged, len(usable), config)
@@ -358,10 +356,8 @@ def encode_captions(
     """A function from captions, or the empty one that guidance needs, to their embeddings on the device."""
     if encoder:
         return partial(text.embed, opened.tokenizer(), encoder)
-    captions, dtype = sorted({*captions, ""}), getattr(torch, config.dtype)
-    opened.encode_prompts(distributed.my_share(captions), dtype, config.device, config.cache)
-    distributed.barrier()
-    embed = opened.encode_prompts(captions, dtype, config.device, config.cache)  # all are there now
+    how = {"dtype": getattr(torch, config.dtype), "device": config.device, "cache_folder": config.cache}
+    embed = distributed.each_its_share(partial(opened.encode_prompts, **how), sorted({*captions, ""}))
     return lambda prompts: embed(prompts).to(config.device)
 
 

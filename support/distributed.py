@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from typing import Any
@@ -81,10 +81,12 @@ def my_share(items: Sequence) -> Sequence:
     return items[rank() :: size()]
 
 
-def barrier() -> None:
-    """Wait until all processes are here."""
+def each_its_share(load: Callable, *lists: Sequence) -> Any:
+    """load(*lists), which computes what is not on disk yet: each process its share, and then all find everything."""
     if size() > 1:
+        load(*map(my_share, lists))
         dist.barrier()
+    return load(*lists)
 
 
 def all_reduce(number: float, device: str) -> float:
