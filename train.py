@@ -1,7 +1,7 @@
 """Train: a Pusa LoRA on a text-to-video model, all of its weights, or a model from scratch.
 
 Each step draws a noise level for every latent frame (PTSS), noises each frame to its own level, and moves the network's
-velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddings are computed once and kept.
+velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddings are computed once and stored.
 
     python train.py --data clips/                                    a Pusa LoRA on the embedded model, in minutes
     python train.py --data clips/ --full --from-scratch --p-async 0  text-to-video pretraining
@@ -221,9 +221,9 @@ def validate(
     The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
     all frames (`sync`), one each (`async`), and the first frame clean, one for the others (`clean`).
 
-    `copy` asks what the network takes from a clean frame: the first is at τ = 0, all others are pure noise, and it is
-    the loss of the frame next to the clean one, which is the error of that frame as predicted in a single step. 0 is
-    that frame to the bit; what the prompt alone tells leaves about the variance of the latents, which is 1.
+    `copy` asks what the network takes from a clean frame: the first is at τ = 0 and all others are pure noise, and only
+    the frame after the clean one counts. Its loss is the error of that frame as predicted in a single step: 0 if it is
+    right to the bit, about 1, the variance of the latents, if the network uses the prompt alone.
     """
     shown = clips.validation[:16]
     V, F = len(shown), clips.latents[shown[0]].shape[1]
@@ -444,6 +444,7 @@ def full_models(opened: Opened, models: nn.ModuleDict, config: TrainConfig) -> n
 def write_lora(
     path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int
 ) -> Path:
+    """Write the LoRA as it is after a step; digest: of the dataset."""
     metadata = {"steps": str(step), "dataset": digest} | ({"expert": config.expert} if config.expert else {})
     transformer = full_models(opened, models, config)["transformer"]
     if distributed.rank() == 0:
