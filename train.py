@@ -213,9 +213,7 @@ def step_loss(
 
 
 @torch.no_grad()
-def validate(
-    network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16
-) -> dict[str, float]:
+def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, float]:
     """Losses on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
 
     The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
@@ -441,9 +439,7 @@ def full_models(opened: Opened, models: nn.ModuleDict, config: TrainConfig) -> n
     return outline
 
 
-def write_lora(
-    path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int
-) -> Path:
+def write_lora(path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int) -> Path:
     """Write the LoRA as it is after a step; digest: of the dataset."""
     metadata = {"steps": str(step), "dataset": digest} | ({"expert": config.expert} if config.expert else {})
     transformer = full_models(opened, models, config)["transformer"]
