@@ -1,12 +1,17 @@
 """Train: a Pusa LoRA on a text-to-video model, all of its weights, or a model from scratch.
 
 Each step draws a noise level for every latent frame (PTSS), noises each frame to its own level, and moves the network's
-velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddings are computed once and kept.
+velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddings are computed once and stored.
 
     python train.py --data clips/                                    a Pusa LoRA on the embedded model, in minutes
     python train.py --data clips/ --full --from-scratch --p-async 0  text-to-video pretraining
     python train.py --data clips/ --rank 512 --dry-run               what a run would see and need
     torchrun --nproc-per-node 8 train.py --data clips/               on eight GPUs, see `distributed.py`
+
+Wan2.2 has two transformers, one for high and one for low noise, and `--expert` trains one of them. When it samples, its
+free frames are at noise levels on its own side of the boundary, but its conditions are at m·σ, which is often 0. An
+expert that was trained on its own side alone would never have seen a clean frame, and its LoRA could not learn to use
+one. So both experts draw τ over all of [0, 1], as a single transformer does.
 
 A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
 `--resume` as if it had not been: on a CPU, with the same number of threads, its LoRA is the same to the byte.
@@ -14,10 +19,12 @@ Everything is written to `runs/NAME/`; `python -m support.report` makes a page o
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,11 +37,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 import flow
 import lora
-import sample
 import tasks
-from model import Wan
-from support import cache, cli, cost, dataset, distributed, media, report, resume
+from model import Wan, WanConfig
+from support import cache, cli, cost, dataset, distributed, resume
 from wan import checkpoint, text
+from wan.checkpoint import Opened
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,7 @@ class TrainConfig:
     shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's")
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
     drop_caption: float = cli.option(0.1, "probability of training without the caption, which guidance needs")
-    expert: str | None = cli.option(
-        None, "which of Wan2.2's two transformers to train, by noise levels of its range", choices=("high", "low")
-    )
+    expert: str | None = cli.option(None, "which of Wan2.2's two transformers to train", choices=("high", "low"))
     boundary: float | None = cli.option(None, "with --expert: noise level that parts the two (default: the model's)")
     full: bool = cli.option(False, "train all weights of the transformer instead of a LoRA")
     from_scratch: bool = cli.option(False, "with --full: start from random weights, and train the text encoder too")
@@ -92,67 +97,47 @@ class Dataset(NamedTuple):
 
     latents: Sequence[Tensor]
     prompts: list[str]  # of each window
-    context: Callable[[list[str]], Tensor]  # prompts → (B, T, text_dim)
+    context: Callable[[list[str]], Tensor]  # B prompts → (B, text_len, text_dim)
     validation: list[int]  # a window of each clip that no training step sees
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
     digest: str = ""  # of everything above
-    skipped: tuple[dataset.Skipped, ...] = ()
+    skipped: Sequence[dataset.Skipped] = ()
+
+
+class Batch(NamedTuple):
+    """b windows of a step's batch, each with its noise, noise levels and prompt."""
+
+    x0: Tensor  # (b, C, F, H, W)
+    x1: Tensor  # (b, C, F, H, W)
+    tau: Tensor  # (b, F)
+    prompts: list[str]
+    share: float  # of the windows of the whole batch
 
 
 def train(config: TrainConfig) -> Path:
     """Run a training to its end and return the path of what it made: `lora.safetensors`, or the model's folder."""
-    config = _checked(config)
-    out, device, dtype = Path(config.out), config.device, getattr(torch, config.dtype)
-    if not config.resume and resume.newest_state(out):
-        raise ValueError(f"got --out {out}, which holds a run; go on with --resume, or choose another folder")
-    state = resume.load_state(out, vars(config), _MAY_CHANGE) if config.resume else None
-    for result in (out / "lora.safetensors", out / "model"):
-        if state is None and result.exists():
-            raise ValueError(f"{result} is there, but no state to go on from; choose another --out, or move it away")
+    opened = checkpoint.open(config.model, Wan)
+    config = checked(config, opened)
+    run = resume.Run(vars(config), _MAY_CHANGE)
+    clips, models, inputs = set_up(opened, config)
+    transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
+    trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
+    optimizers = make_optimizers(config, list(models.values()))
+    parts = range(config.accumulate * distributed.size())  # of each step's batch
+    window_cost = functools.cache(partial(_window_cost, transformer.config, config))
 
-    encoder = None
-    if config.from_scratch:
-        encoder = checkpoint.load_text_encoder(config.model, torch.float32).requires_grad_()
-    clips = prepare(config, encoder)
-    transformer = _base(config)
-    torch.manual_seed(config.seed)
-    if config.from_scratch:
-        transformer.init_weights()  # on the CPU, so that a seed gives the same on any device
-        encoder.init_weights()
-    base = cache.fingerprint(transformer) if distributed.rank() == 0 else None
-    inputs = {"clips": clips.digest, "base model": distributed.agreed(base)}
-    trainable(transformer, config)
-    if config.compile:
-        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape is compiled apart
-        transformer.compile_blocks()
-    if config.gradient_checkpointing:
-        recompute_blocks(transformer)
-    models = [transformer, encoder] if config.from_scratch else [transformer]
-    if distributed.size() > 1:
-        shard(transformer, encoder, device)
-    else:
-        for model in models:
-            model.to(device)
-    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
-    optimizers = make_optimizers(config, models)
-    run = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
-    if state:
-        run, state = resume.restore(state, inputs, trained, optimizers), None
-        print(f"going on from step {run['step']}")
-    resume.open_folder(out, vars(config), _facts(config, clips, transformer, trained), run["step"])
-
-    progress = cli.Progress(config.steps, "training", run["step"])
-    with resume.stopping() as stopping, resume.tensorboard(out, run["step"]) as board:
-        for step in range(run["step"], config.steps):
+    with run.open(models, optimizers, inputs, facts(config, clips, transformer, trained)) as steps:
+        for step in steps:
             begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = lr
-            for part in range(distributed.rank(), config.accumulate * distributed.size(), distributed.size()):
+            for part in distributed.my_share(parts):
+                batch = draw(clips, config, step, part)
                 with _autocast(device, dtype):
-                    share = step_loss(transformer, clips, config, step, device, part)
+                    share = step_loss(transformer, batch, clips.context, config.weighting, device)
                 (share * distributed.size()).backward()  # gradients become the mean over the processes
                 loss += share.item()
-            loss = distributed.total(loss, device)
+            loss = distributed.all_reduce(loss, device)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss} at step {step}; start again with a lower --lr and another --out")
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -160,67 +145,108 @@ def train(config: TrainConfig) -> Path:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            done, last = step + 1, step + 1 == config.steps
-            figures = _account(run, config, clips, transformer, step, loss, time.monotonic() - begun)
-            if config.val_every and (last or done % config.val_every == 0):
-                batch = math.ceil(config.batch / (config.accumulate * distributed.size()))
-                validation = validate(transformer, clips, device, dtype, batch, noise_range(config))
-                figures |= distributed.agreed(validation)
-                _keep_best(config, clips, transformer, figures, run)
-            resume.log(out, board, {**run, "lr": lr, **figures})
-            progress.step(smooth=run["smooth"], lr=lr, **figures)
-            if config.sample_every and done % config.sample_every == 0:
-                _filmstrip(config, transformer, clips, out / f"step-{done:06d}.png")
-            stop = distributed.total(stopping(), device)  # if one is asked to, all do
-            if last or stop or (config.save_every and done % config.save_every == 0):
-                resume.save_state(out, config.keep, vars(config), inputs, run, trained, optimizers)
-            if stop and not last:
-                raise KeyboardInterrupt(f"stopped after step {done}; go on with the same command and --resume")
+            figures = run.count(loss, time.monotonic() - begun, *window_cost(batch.x0.shape[1:])) | {"lr": lr}
+            if run.due(config.val_every, at_end=True):
+                windows = math.ceil(config.batch / len(parts))  # at a time
+                figures |= distributed.broadcast(validate(transformer, clips, device, dtype, windows))
+                if run.is_best(figures) and not config.full:
+                    write_lora(run.out / "best.safetensors", opened, models, config, clips.digest, step + 1)
+            run.log(figures)
+            if run.due(config.sample_every):
+                run.save_filmstrip(f"step-{step + 1:06d}.png", *filmstrip(opened, transformer, clips, config))
+            run.save()
 
-    result = _write_result(config, transformer, encoder, clips)
-    _filmstrip(config, transformer, clips, out / "filmstrip.png")
-    _tell_skipped(clips.skipped)
-    if distributed.rank() == 0:
-        print(f"{result}\n{out / 'filmstrip.png'}\n{report.write(out)}")
+    if config.full:
+        result = write_model(run.out / "model", opened, models, config)
+    else:
+        result = write_lora(run.out / "lora.safetensors", opened, models, config, clips.digest, config.steps)
+    run.save_filmstrip("filmstrip.png", *filmstrip(opened, transformer, clips, config))
+    tell_skipped(clips.skipped, len(clips.latents), config)
+    run.finish(result)
     return result
 
 
-def _base(config: TrainConfig) -> Wan:
-    """The transformer to start from; on the CPU if it is to be drawn anew or shared, by the first of the processes.
+def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict, dict[str, str]]:
+    """The data, the models with what is trained, on their device, and fingerprints of what the run is made from."""
+    encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
+    clips = prepare(opened, config, encoder)
+    models = nn.ModuleDict({"transformer": load_base(opened, config)} | ({"text_encoder": encoder} if encoder else {}))
+    torch.manual_seed(config.seed)
+    for model in models.values() if config.from_scratch else ():
+        model.init_weights()  # on the CPU, so that a seed gives the same on any device
+    base = cache.fingerprint(models["transformer"]) if distributed.rank() == 0 else None
+    trainable(models["transformer"], config)
+    if config.compile:
+        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape of latents is compiled apart
+        models["transformer"].compile_blocks()
+    if config.gradient_checkpointing:
+        recompute_blocks(models["transformer"])
+    if distributed.size() > 1:
+        shard(models, config.device)
+    return clips, models.to(config.device), {"clips": clips.digest, "base model": distributed.broadcast(base)}
 
-    The other processes get its outline.
+
+def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch:
+    """One part of a step's batch: windows of one bucket, captions, noise, and τ by PTSS.
+
+    All of it follows from the seed and the step, and is drawn for the whole batch, whichever part is asked for.
     """
-    if distributed.rank() > 0:
-        return checkpoint.outline(config.model)[0]
-    device = "cpu" if config.from_scratch or distributed.size() > 1 else config.device
-    return checkpoint.load_transformer(config.model, _stored(config), device, config.expert or "high")
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    picked = dataset.batch_of(step, config.batch, clips.training, config.seed)
+    mine = slice(part, None, config.accumulate * distributed.size())
+    x0 = torch.stack([clips.latents[i] for i in picked[mine]])
+    B, (C, F, H, W) = len(picked), x0.shape[1:]
+    dropped = (torch.rand(B, generator=generator) < config.drop_caption).tolist()
+    prompts = ["" if drop else clips.prompts[i] for drop, i in zip(dropped, picked, strict=True)]
+    x1 = torch.randn(B, C, F, H, W, generator=generator)
+    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator)
+    return Batch(x0, x1[mine], tau[mine], prompts[mine], len(x0) / B)
 
 
-def shard(transformer: Wan, encoder: nn.Module | None, device: str) -> None:
-    """Share the parameters out over the processes, to be put together a block at a time."""
-    units = []
-    for block in transformer.blocks:  # the prompt's keys and values are computed before and apart from the rest of it
-        units += [[block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k], block]
-    distributed.shard(transformer, units, device)
-    if encoder:
-        distributed.shard(encoder, [], device)
+def step_loss(
+    network: nn.Module, batch: Batch, context: Callable[[list[str]], Tensor], weighting: str, device: str
+) -> Tensor:
+    """The FAFM loss of one part of a step's batch, times its share: these add up to the loss of the batch."""
+    x0, x1, tau = (tensor.to(device) for tensor in (batch.x0, batch.x1, batch.tau))
+    velocity = network(flow.interpolate(x0, x1, tau), tau, context(batch.prompts))
+    return flow.fafm_loss(velocity, x0, x1, tau, weighting) * batch.share
 
 
-def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.optim.Optimizer]:
-    """AdamW; with `--muon`, Muon for the matrices of the blocks, scaled to AdamW's step, and AdamW for the rest."""
-    matrices = [
-        layer.weight
-        for model in models
-        for layer in model.blocks.modules()
-        if config.muon and isinstance(layer, nn.Linear)
-    ]
-    apart = set(matrices)
-    trained = (parameter for model in models for parameter in model.parameters() if parameter.requires_grad)
-    rest = [parameter for parameter in trained if parameter not in apart]
-    optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+@torch.no_grad()
+def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, float]:
+    """Losses on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
+
+    The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
+    all frames (`sync`), one each (`async`), and the first frame clean, one for the others (`clean`).
+
+    `copy` asks what the network takes from a clean frame: the first is at τ = 0 and all others are pure noise, and only
+    the frame after the clean one counts. Its loss is the error of that frame as predicted in a single step: 0 if it is
+    right to the bit, about 1, the variance of the latents, if the network uses the prompt alone.
+    """
+    shown = clips.validation[:16]
+    V, F = len(shown), clips.latents[shown[0]].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    x1s = [torch.randn(clips.latents[i].shape, generator=generator) for i in shown]
+    together = ((torch.arange(V) + 0.5) / V)[:, None].repeat(1, F)  # evenly over [0, 1]
+    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together.clone()}
+    if F > 1:
+        taus["copy"] = torch.ones(V, F)
+    for name in taus.keys() & {"clean", "copy"}:
+        taus[name][:, 0] = 0
+    losses = dict.fromkeys(taus, 0.0)
+    for bucket in dataset.by_shape([x1.shape for x1 in x1s], range(V)):
+        for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
+            x0 = torch.stack([clips.latents[shown[i]] for i in members]).to(device)
+            x1 = torch.stack([x1s[i] for i in members]).to(device)
+            context = clips.context([clips.prompts[shown[i]] for i in members])
+            for name, levels in taus.items():
+                tau = levels[members].to(device)
+                with _autocast(device, dtype):
+                    velocity = network(flow.interpolate(x0, x1, tau), tau, context)
+                counted = slice(1, 2) if name == "copy" else slice(None)  # frames
+                error = flow.fafm_loss(*(x[:, :, counted] for x in (velocity, x0, x1)), tau[:, counted])
+                losses[name] += error.item() * len(members) / V
+    return losses
 
 
 def rate(step: int, steps: int) -> float:
@@ -229,155 +255,12 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def step_loss(network: nn.Module, clips: Dataset, config: TrainConfig, step: int, device: str, part: int = 0) -> Tensor:
-    """The FAFM loss of one part of a step's batch; the sum over all parts is that of the batch.
-
-    Each process takes `--accumulate` parts. A part counts by its windows, of which one may have more than another.
-    Everything that is drawn follows from the seed and the step, and is drawn for the whole batch whatever the part.
-    """
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    picked = dataset.batch_of(step, config.batch, clips.training, config.seed)
-    mine = slice(part, None, config.accumulate * distributed.size())
-    x0 = torch.stack([clips.latents[i] for i in picked[mine]]).to(device)
-    B, (C, F, H, W) = len(picked), x0.shape[1:]
-    dropped = (torch.rand(B, generator=generator) < config.drop_caption).tolist()
-    prompts = ["" if drop else clips.prompts[i] for drop, i in zip(dropped, picked, strict=True)]
-    x1 = torch.randn(B, C, F, H, W, generator=generator)
-    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator, within=noise_range(config))
-
-    context = clips.context(prompts[mine])
-    x1, tau = (whole[mine].to(device) for whole in (x1, tau))
-    velocity = network(flow.interpolate(x0, x1, tau), tau, context)
-    return flow.fafm_loss(velocity, x0, x1, tau, config.weighting) * (len(x0) / B)
-
-
-def noise_range(config: TrainConfig) -> tuple[float, float]:
-    """The lowest and the highest noise level that a frame is trained at: of two experts, each has its own side."""
-    return {None: (0.0, 1.0), "high": (config.boundary, 1.0), "low": (0.0, config.boundary)}[config.expert]
-
-
-@torch.no_grad()
-def validate(
-    network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16,
-    within: tuple[float, float] = (0.0, 1.0),
-) -> dict[str, float]:  # fmt: skip
-    """Figures on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
-
-    The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
-    all frames (`sync`), one each (`async`), and the first frame clean, one for the others (`clean`).
-
-    `copy` asks what the network takes from a clean frame: with the first at τ = 0 and all others pure noise, it is the
-    mean squared error of the frame next to the clean one as predicted in a single step, x1 - v, against the data. 0 is
-    that frame to the bit; what the prompt alone tells leaves about the variance of the latents, which is 1.
-
-    within: the lowest and highest τ of an expert's noisy frames; its `copy` starts from the highest, x - τ·v.
-    """
-    low, high = within
-    shown = clips.validation[:16]
-    V, F = len(shown), clips.latents[shown[0]].shape[1]
-    generator = torch.Generator().manual_seed(0)
-    x1s = [torch.randn(clips.latents[i].shape, generator=generator) for i in shown]
-    together = ((torch.arange(V) + 0.5) / V)[:, None].expand(V, F)  # evenly over [0, 1]
-    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together}
-    if F > 1:
-        taus["copy"] = torch.ones(V, F)
-    taus = {name: low + (high - low) * levels for name, levels in taus.items()}
-    for name in taus.keys() & {"clean", "copy"}:
-        taus[name][:, 0] = 0
-    figures = dict.fromkeys(taus, 0.0)
-    for bucket in dataset.by_shape([x1.shape for x1 in x1s], range(V)):
-        for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
-            x0 = torch.stack([clips.latents[shown[i]] for i in members]).to(device)
-            x1 = torch.stack([x1s[i] for i in members]).to(device)
-            context = clips.context([clips.prompts[shown[i]] for i in members])
-            for name, levels in taus.items():
-                tau = levels[members].to(device)
-                x = flow.interpolate(x0, x1, tau)
-                with _autocast(device, dtype):
-                    velocity = network(x, tau, context)
-                if name == "copy":
-                    error = (x - high * velocity - x0)[:, :, 1].square().mean()
-                else:
-                    error = flow.fafm_loss(velocity, x0, x1, tau)
-                figures[name] += error.item() * len(members) / V
-    return figures
-
-
-def prepare(config: TrainConfig, encoder: nn.Module | None) -> Dataset:
-    """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
-
-    encoder: the text encoder if it is trained too, and prompts become something else at every step.
-    """
-    device, folder = config.device, Path(config.cache or Path(config.data) / ".cache")
-    found, sources, skipped, frames, fps = _survey(config)
-    vae = checkpoint.load_vae(config.model, device=device)
-
-    def encode(window: Tensor) -> Tensor:
-        with _autocast(device, getattr(torch, config.dtype)):
-            return vae.encode(window.to(device))
-
-    keys = cache.latent_keys(sources, frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
-    for share in distributed.shares():
-        encoded, damaged = cache.latents(sources[share], keys[share], frames, fps, encode, folder)
-    skipped += damaged
-    if damaged:
-        _tell_skipped(damaged)
-    _refuse(config, len(found), skipped)
-    usable = [item for item in zip(sources, keys, encoded, strict=True) if item[2] is not None]
-
-    if encoder:
-        context = partial(text.embed, checkpoint.load_tokenizer(config.model), encoder)
-    else:
-        captions = sorted({source.clip.caption for source, _, _ in usable} | {""})
-        for share in distributed.shares():
-            stored = cache.prompts(config.model, captions[share], getattr(torch, config.dtype), device, folder)
-        known, text_len = dict(zip(captions, stored.places, strict=True)), checkpoint.load_config(config.model).text_len
-
-        def context(prompts: list[str]) -> Tensor:
-            return text.padded(list(cache.Kept(known[prompt] for prompt in prompts)), text_len).to(device)
-
-    places, prompts, sizes, windows = [], [], [], []  # windows: of each clip, the indices of its own
-    for source, _, pieces in usable:
-        windows.append(range(len(places), len(places) + len(pieces)))
-        places += pieces.places
-        prompts += [source.clip.caption] * len(pieces)
-        sizes += [source.size] * len(pieces)  # in pixels; of one size, latents have one shape
-    latents = cache.Kept(places)
-    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held = min(16, len(usable) // 10)
-    # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
-    validation = [windows[k][0] for k in order[:held] or order]
-    training = [i for k in order[held:] for i in windows[k]]
-    digest = hashlib.sha256(json.dumps([(source.clip.caption, key) for source, key, _ in usable]).encode()).hexdigest()
-    buckets = dataset.by_shape(sizes, training)
-    return Dataset(latents, prompts, context, validation, buckets, digest[:16], tuple(skipped))
-
-
-def _survey(config: TrainConfig) -> tuple[list[dataset.Clip], list[dataset.Source], list[dataset.Skipped], int, float]:
-    """The clips found, those that can be used, those that cannot, and frames and fps of a window; tells what it saw."""
-    preset = checkpoint.load_preset(config.model)
-    size = cli.parse_size(config.size) if config.size else preset.size
-    frames = preset.frames if config.frames is None else config.frames
-    tasks.latent_frames(frames)
-    found = dataset.find_clips(config.data)
-    sources, skipped = dataset.survey(found, size, frames, preset.fps, config.buckets)
-    _refuse(config, len(found), skipped)
-    _tell_skipped(skipped)
-    return found, sources, skipped, frames, preset.fps
-
-
-def _refuse(config: TrainConfig, found: int, skipped: list[dataset.Skipped]) -> None:
-    if skipped and (config.strict or len(skipped) == found):
-        first = f"{len(skipped)} of {found} clips in {config.data} cannot be used, the first is {skipped[0].path.name}"
-        advice = "mend or remove them, or leave out --strict" if len(skipped) < found else "mend them or add others"
-        raise ValueError(f"{first} ({skipped[0].reason}); {advice}")
-
-
-def _tell_skipped(skipped: tuple[dataset.Skipped, ...] | list[dataset.Skipped]) -> None:
-    if skipped:
-        print(f"clips left out: {len(skipped)}")
-    for path, reason in skipped:
-        print(f"  {path.name}: {reason}")
+def load_base(opened: Opened, config: TrainConfig) -> Wan:
+    """The transformer to start from. Of several processes, the first loads it, on the CPU; others get its outline."""
+    if distributed.rank() > 0:
+        return opened.outline()[0]
+    device = "cpu" if config.from_scratch or distributed.size() > 1 else config.device
+    return opened.transformer(_stored(config), device, config.expert or "high")
 
 
 def trainable(transformer: Wan, config: TrainConfig) -> list[nn.Parameter]:
@@ -393,47 +276,146 @@ def recompute_blocks(transformer: Wan) -> None:
         block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
+def shard(models: nn.ModuleDict, device: str) -> None:
+    """Give each process a shard of every parameter; those of a block are gathered when it computes."""
+    units = []
+    for block in models["transformer"].blocks:  # the prompt's keys and values are computed before the rest of it
+        units += [[block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k], block]
+    for name, model in models.items():
+        distributed.shard(model, units if name == "transformer" else [], device)
+
+
+def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.optim.Optimizer]:
+    """AdamW; with `--muon`, Muon for the matrices of the blocks, scaled to AdamW's step, and AdamW for the rest."""
+    layers = [layer for model in models for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+    matrices = [layer.weight for layer in layers if config.muon]
+    apart = set(matrices)
+    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
+    rest = [parameter for parameter in trained if parameter not in apart]
+    optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
+    """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
+
+    encoder: the text encoder if it is trained too, and prompts become something else at every step.
+    """
+    sources, keys, latents, skipped = encode_clips(opened, config)
+    clip_of = [k for k, windows in enumerate(latents) for _ in windows.places]  # of each window, the number of its clip
+    captions = [source.clip.caption for source in sources]
+    order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held_out = min(16, len(sources) // 10)
+    learned = set(order[held_out:])
+    sizes = [sources[k].size for k in clip_of]  # in pixels; of one size, latents have one shape
+    return Dataset(
+        latents=cache.Kept(place for windows in latents for place in windows.places),
+        prompts=[captions[k] for k in clip_of],
+        context=encode_captions(opened, config, captions, encoder),
+        # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
+        validation=[clip_of.index(k) for k in order[:held_out] or order],
+        training=dataset.by_shape(sizes, [i for i, k in enumerate(clip_of) if k in learned]),
+        digest=hashlib.sha256(json.dumps([*zip(captions, keys, strict=True)]).encode()).hexdigest()[:16],
+        skipped=skipped,
+    )
+
+
+def look_through(config: TrainConfig, fps: float) -> tuple[list[dataset.Source], list[dataset.Skipped]]:
+    """The clips that can be used, and those that cannot."""
+    found, size = dataset.find_clips(config.data), cli.parse_size(config.size)
+    sources, skipped = dataset.survey(found, size, config.frames, fps, config.buckets)
+    tell_skipped(skipped, len(sources), config)
+    return sources, skipped
+
+
+def encode_clips(opened: Opened, config: TrainConfig) -> tuple[Sequence, Sequence, Sequence, list[dataset.Skipped]]:
+    """The clips that can be used, a name for the content of each, and its latents; and the clips that cannot."""
+    fps, vae = opened.preset.fps, opened.vae(device=config.device)
+    sources, skipped = look_through(config, fps)
+
+    def encode(window: Tensor) -> Tensor:
+        with _autocast(config.device, getattr(torch, config.dtype)):
+            return vae.encode(window.to(config.device))
+
+    keys = cache.latent_keys(sources, config.frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
+    load = partial(cache.latents, frames=config.frames, fps=fps, encode=encode, folder=config.cache)
+    latents, damaged = distributed.each_its_share(load, sources, keys)
+    usable = [item for item in zip(sources, keys, latents, strict=True) if item[2] is not None]
+    if damaged:
+        tell_skipped(skipped + damaged, len(usable), config)
+    return *zip(*usable, strict=True), skipped + damaged
+
+
+def encode_captions(
+    opened: Opened, config: TrainConfig, captions: list[str], encoder: nn.Module | None
+) -> Callable[[list[str]], Tensor]:
+    """A function from captions, or the empty one that guidance needs, to their embeddings on the device."""
+    if encoder:
+        return partial(text.embed, opened.tokenizer(), encoder)
+    how = {"dtype": getattr(torch, config.dtype), "device": config.device, "cache_folder": config.cache}
+    embed = distributed.each_its_share(partial(opened.encode_prompts, **how), sorted({*captions, ""}))
+    return lambda prompts: embed(prompts).to(config.device)
+
+
+def tell_skipped(skipped: list[dataset.Skipped], usable: int, config: TrainConfig) -> None:
+    """Name the clips that are left out. Raises ValueError if none may be, or if all are."""
+    if skipped and (config.strict or not usable):
+        first = f"{len(skipped)} of {len(skipped) + usable} clips in {config.data} cannot be used, the first is "
+        advice = "mend or remove them, or leave out --strict" if usable else "mend them or add others"
+        raise ValueError(f"{first}{skipped[0].path.name} ({skipped[0].reason}); {advice}")
+    if skipped:
+        print("\n".join([f"clips left out: {len(skipped)}", *(f"  {path.name}: {why}" for path, why in skipped)]))
+
+
 def rehearse(config: TrainConfig) -> str:
     """What a run would see and need, without its weights: clips, buckets, parameters, memory."""
-    config = _checked(config)
-    found, sources, _, frames, fps = _survey(config)
-    buckets: dict[tuple[int, int], int] = {}
+    opened = checkpoint.open(config.model, Wan)
+    config = checked(config, opened)
+    sources, skipped = look_through(config, opened.preset.fps)
+    windows = Counter()
     for source in sources:
-        buckets[source.size] = buckets.get(source.size, 0) + source.windows
-    lines = [f"{len(sources)} of {len(found)} clips, {sum(buckets.values())} windows of {frames} frames at {fps:g} fps"]
-    lines += [f"  {width}x{height}: {count} windows" for (width, height), count in sorted(buckets.items())]
-
-    transformer, rank = checkpoint.load_config(config.model), None if config.full else config.rank
-    width, height = max(buckets, key=math.prod)
-    shape = (transformer.in_dim, tasks.latent_frames(frames), height // 8, width // 8)
+        windows[source.size] += source.windows
+    width, height = max(windows, key=math.prod)
+    shape = (opened.config.in_dim, tasks.latent_frames(config.frames), height // 8, width // 8)
     each = math.ceil(config.batch / config.gpus / config.accumulate)
     stored = _stored(config)
     plain, thrifty = (
         cost.memory(
-            transformer, partial(trainable, config=config), recompute, (each, *shape),
+            opened.config, partial(trainable, config=config), recompute, (each, *shape),
             stored, getattr(torch, config.dtype), config.gpus,
         )
         for recompute in (None, recompute_blocks)
     )  # fmt: skip
-    flops = config.steps * config.batch * cost.window_flops(transformer, shape, rank, config.gradient_checkpointing)
-    trained = plain.trained * config.gpus / 4
-    others = plain.weights * config.gpus / stored.itemsize
-    lines += [
-        f"{trained / 1e6:.2f} M trainable parameters, {others / 1e6:.2f} M frozen",
-        f"{config.steps} steps of {config.batch} windows of up to {cost.tokens(shape)} tokens: {flops:.3g} FLOP",
+    tokens, flops = _window_cost(opened.config, config, shape)
+    trained, frozen = plain.trained * config.gpus / 4, plain.weights * config.gpus / stored.itemsize
+    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
+    rows = zip((*plain._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
+    return "\n".join([
+        f"{len(sources)} of {len(sources) + len(skipped)} clips, "
+        f"{windows.total()} windows of {config.frames} frames at {opened.preset.fps:g} fps",
+        *(f"  {width}x{height}: {count} windows" for (width, height), count in sorted(windows.items())),
+        f"{trained / 1e6:.2f} M trainable parameters, {frozen / 1e6:.2f} M frozen",
+        f"{config.steps} steps of {config.batch} windows of up to {tokens} tokens: "
+        f"{config.steps * config.batch * flops:.3g} FLOP",
         f"memory of {f'each of {config.gpus} GPUs' if config.gpus > 1 else 'the device'}, windows at a time: {each}",
         "                    plain      with --gradient-checkpointing",
-    ]
-    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
-    for name, a, b in zip((*plain._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True):
-        lines.append(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}")
-    return "\n".join(lines)
+        *(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}" for name, a, b in rows),
+    ])  # fmt: skip
 
 
-def _facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:
-    gpu, many = torch.device(config.device).type == "cuda", distributed.size()
-    threads = f"threads: {torch.get_num_threads()}"
-    device = torch.cuda.get_device_name(config.device) if gpu else f"{config.device.upper()}, {threads}"
+def _window_cost(model: WanConfig, config: TrainConfig, shape: tuple[int, ...]) -> tuple[int, float]:
+    """Tokens of a window with latents of a shape, and the operations to train on it."""
+    rank = None if config.full else config.rank
+    return cost.tokens(shape), cost.window_flops(model, shape, rank, config.gradient_checkpointing)
+
+
+def facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:
+    """What facts.json says of a run."""
+    device, many = f"{config.device.upper()}, threads: {torch.get_num_threads()}", distributed.size()
+    if torch.device(config.device).type == "cuda":
+        device = torch.cuda.get_device_name(config.device)
     return {
         "base": config.model,
         "parameters": sum(p.numel() for p in transformer.parameters()),
@@ -446,99 +428,72 @@ def _facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[
     }
 
 
-def _account(
-    run: dict, config: TrainConfig, clips: Dataset, transformer: Wan, step: int, loss: float, seconds: float
-) -> dict[str, float]:
-    """Add a step to the figures of the run so far, and return its own."""
-    shape = clips.latents[dataset.batch_of(step, config.batch, clips.training, config.seed)[0]].shape
-    rank, again = None if config.full else config.rank, config.gradient_checkpointing
-    run["step"] = step + 1
-    run["smooth"] = loss if step == 0 else 0.98 * run["smooth"] + 0.02 * loss
-    run["seconds"] += seconds
-    run["flops"] += config.batch * cost.window_flops(transformer.config, shape, rank, again)
-    speed = config.batch / seconds
-    return {"loss": loss, "samples/s": speed, "tokens/s": speed * cost.tokens(shape)}
+def full_models(opened: Opened, models: nn.ModuleDict, config: TrainConfig) -> nn.ModuleDict:
+    """The models with full parameters. The first of several processes gets those that are trained, on the CPU."""
+    if distributed.size() == 1:
+        return models
+    transformer, _, encoder = opened.outline()
+    trainable(transformer, config)
+    outline = nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
+    outline.load_state_dict(resume.full_weights(models), strict=False, assign=True)
+    return outline
 
 
-def _keep_best(config: TrainConfig, clips: Dataset, transformer: Wan, figures: dict, run: dict) -> None:
-    """Write `best.safetensors` if the mean of the three validation losses is the lowest so far."""
-    score = sum(figures[name] for name in ("sync", "async", "clean")) / 3
-    if math.isfinite(score) and (run["best"] is None or score < run["best"]):
-        run["best"] = score
-        if not config.full:
-            _save_lora(config, clips, transformer, run["step"], "best.safetensors")
-
-
-def _save_lora(config: TrainConfig, clips: Dataset, transformer: Wan, step: int, name: str) -> Path:
-    path = Path(config.out) / name
-    metadata = {"steps": str(step), "dataset": clips.digest} | ({"expert": config.expert} if config.expert else {})
-    transformer = _gathered(config, transformer, 0)
+def write_lora(path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int) -> Path:
+    """Write the LoRA as it is after a step; digest: of the dataset."""
+    metadata = {"steps": str(step), "dataset": digest} | ({"expert": config.expert} if config.expert else {})
+    transformer = full_models(opened, models, config)["transformer"]
     if distributed.rank() == 0:
         lora.save(path, lora.extract(transformer), base=config.model, metadata=metadata)
     return path
 
 
-def _gathered(config: TrainConfig, model: nn.Module, part: int) -> nn.Module:
-    """A part of the pipeline with whole parameters; of several processes, the first one gets those that are trained."""
-    if distributed.size() == 1:
-        return model
-    outline = checkpoint.outline(config.model)
-    trainable(outline[0], config)
-    return distributed.gathered(model, outline[part])
-
-
-def _write_result(config: TrainConfig, transformer: Wan, encoder: nn.Module | None, clips: Dataset) -> Path:
-    if not config.full:
-        return _save_lora(config, clips, transformer, config.steps, "lora.safetensors")
-    transformer = _gathered(config, transformer, 0)
-    encoder = encoder and _gathered(config, encoder, 2)
-    result, preset = Path(config.out) / "model", checkpoint.load_preset(config.model)
+def write_model(folder: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig) -> Path:
+    """Write a model of which the transformer, or one of the two, is the trained one, and maybe the text encoder."""
+    models, preset = full_models(opened, models, config), opened.preset
+    if distributed.rank() > 0:
+        return folder
+    encoder = models["text_encoder"] if config.from_scratch else opened.text_encoder()
+    experts = {config.expert or "high": models["transformer"]}
     if config.expert:
         preset = dataclasses.replace(preset, boundary=config.boundary)
-    if distributed.rank() > 0:
-        return result
-    vae, tokenizer = checkpoint.load_vae(config.model), checkpoint.load_tokenizer(config.model)
-    encoder = encoder or checkpoint.load_text_encoder(config.model)
-    experts = {config.expert or "high": transformer}
-    if config.expert:
         other = "low" if config.expert == "high" else "high"
-        experts[other] = checkpoint.load_transformer(config.model, expert=other)
+        experts[other] = opened.transformer(expert=other)
     checkpoint.save_pipeline(
-        result, experts["high"], vae, encoder, tokenizer, preset.shift,
+        folder, experts["high"], opened.vae(), encoder, opened.tokenizer(), preset.shift,
         transformer_2=experts.get("low"), boundary=preset.boundary,
     )  # fmt: skip
-    checkpoint.save_preset(result, preset)
-    return result
+    checkpoint.save_preset(folder, preset)
+    return folder
 
 
 @torch.no_grad()
-def _filmstrip(config: TrainConfig, transformer: Wan, clips: Dataset, path: Path) -> None:
+def filmstrip(
+    opened: Opened, transformer: Wan, clips: Dataset, config: TrainConfig
+) -> tuple[list[tuple[str, Tensor]], list[list[bool]]]:
     """Two validation clips beside what the network makes of their first latent, and of their prompt alone.
 
-    Of two experts, the one that is trained walks its own steps: "high" then goes to the end at once, "low" begins from
-    the clip, noised to where its steps begin.
+    The expert that is trained walks its own steps: "high" then goes to the end at once, "low" begins from the clip,
+    noised to where its steps begin. Gives rows of (title, video (3, N, 8H, 8W)), and which of their frames were given.
     """
-    vae = checkpoint.load_vae(config.model, device=config.device)
-    preset = checkpoint.load_preset(config.model)
-    sigma, (low, high) = flow.sigma_schedule(preset.steps, preset.shift), noise_range(config)
-    mine = (low <= sigma) & (sigma < high if config.expert == "low" else sigma <= 1)
-    mine[-1] = True
+    vae, preset = opened.vae(device=config.device), opened.preset
+    sigma = flow.sigma_schedule(preset.steps, preset.shift)
+    own = sigma >= 0 if config.expert is None else (sigma >= config.boundary) == (config.expert == "high")
+    own[-1] = True
     rows, marks = [], []
     for index in clips.validation[:2]:
         x0 = clips.latents[index][None].to(config.device)
-        F = x0.shape[2]
-        context = clips.context([clips.prompts[index]])
+        F, N = x0.shape[2], tasks.pixel_frames(x0.shape[2])
         x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(config.device)
-        rows.append((f"clip: {clips.prompts[index]}", sample.decode(vae, x0)))
-        marks.append([True] * tasks.pixel_frames(F))
-        for name, m in (("from its first frame", [0.0] + [1.0] * (F - 1)), ("from its prompt", [1.0] * F)):
-            taus = tasks.tau_schedule(m, preset.steps, preset.shift)[mine].to(config.device)
-            start = flow.interpolate(x0, x1, taus[:1])
-            z = flow.euler(lambda z, t, context=context: transformer(z, t, context), start, taus)
-            rows.append((name, sample.decode(vae, z)))
-            marks.append([m[tasks.latent_index(n, tasks.pixel_frames(F))] == 0 for n in range(tasks.pixel_frames(F))])
-    if distributed.rank() == 0:
-        media.save_image(path, media.filmstrip(rows, marks=marks))
+        context = clips.context([clips.prompts[index]])
+        titles = (f"clip: {clips.prompts[index]}", "from its first frame", "from its prompt")
+        for title, m in zip(titles, ([0.0] * F, [0.0] + [1.0] * (F - 1), [1.0] * F), strict=True):
+            taus = tasks.tau_schedule(m, preset.steps, preset.shift)[own]
+            velocity = partial(transformer, context=context)
+            latents = flow.denoise(velocity, x0, x1, taus) if any(m) else x0
+            rows.append((title, vae.decode(latents)[0].float().cpu()))
+            marks.append([m[tasks.latent_index(n, N)] == 0 for n in range(N)])
+    return rows, marks
 
 
 def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
@@ -551,8 +506,8 @@ def _stored(config: TrainConfig) -> torch.dtype:
     return torch.float32 if config.full else getattr(torch, config.dtype)
 
 
-def _checked(config: TrainConfig) -> TrainConfig:
-    """The config with device and dtype decided. Raises ValueError for what no run can be."""
+def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
+    """The config with the model's own values where it has none. Raises ValueError for what no run can be."""
     for name in ("rank", "steps", "batch", "accumulate", "keep", "gpus"):
         if getattr(config, name) < 1:
             raise ValueError(f"got --{name} {getattr(config, name)}, expected at least 1")
@@ -569,41 +524,43 @@ def _checked(config: TrainConfig) -> TrainConfig:
         raise ValueError(f"got --alpha {config.alpha:g}, expected a positive number, such as the rank")
     if not 0 < config.lr < 1:
         raise ValueError(f"got --lr {config.lr}, expected a number between 0 and 1, such as 1e-3")
-    for name in ("p_async", "drop_caption"):
-        if not 0 <= getattr(config, name) <= 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"got --{flag} {getattr(config, name)}, expected a probability in [0, 1]")
-    flow.shifted(torch.ones(1), config.shift)
+    for flag, value in (("p-async", config.p_async), ("drop-caption", config.drop_caption)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"got --{flag} {value}, expected a probability in [0, 1]")
+    flow.shifted(1.0, config.shift)
     if config.from_scratch and not config.full:
         raise ValueError("got --from-scratch without --full: a LoRA needs trained weights under it; add --full")
     if config.muon and not config.full:
         raise ValueError("got --muon without --full: Muon is for whole matrices, not for a LoRA's pairs; add --full")
-    boundary = _boundary(config)
+    boundary = _boundary(config, opened)
+    width, height = cli.parse_size(config.size) if config.size else opened.preset.size
+    frames = opened.preset.frames if config.frames is None else config.frames
+    tasks.latent_frames(frames)
     device = cli.pick_device(config.device)
-    dtype = str(cli.pick_dtype(config.dtype, device)).removeprefix("torch.")
-    return dataclasses.replace(config, device=device, dtype=dtype, boundary=boundary)
+    return dataclasses.replace(
+        config, size=f"{width}x{height}", frames=frames, cache=config.cache or str(Path(config.data) / ".cache"),
+        boundary=boundary, device=device, dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
+    )  # fmt: skip
 
 
-def _boundary(config: TrainConfig) -> float | None:
+def _boundary(config: TrainConfig, opened: Opened) -> float | None:
     """Where the noise levels of two experts meet, None for a single transformer."""
-    if checkpoint.has_two_experts(config.model) != (config.expert is not None):
+    if opened.two_experts != (config.expert is not None):
         advice = "leave out --expert" if config.expert else "choose one of them by --expert high or --expert low"
         raise ValueError(f"{config.model} has {'one transformer' if config.expert else 'two experts'}; {advice}")
-    if config.expert is None:
-        if config.boundary is not None:
-            raise ValueError("got --boundary without --expert, expected both or neither")
-        return None
-    if config.from_scratch:
+    if config.expert is None and config.boundary is not None:
+        raise ValueError("got --boundary without --expert, expected both or neither")
+    if config.expert and config.from_scratch:
         raise ValueError("got --from-scratch with --expert: the other expert would not know the new text encoder")
-    boundary = checkpoint.load_preset(config.model).boundary if config.boundary is None else config.boundary
-    if not 0 < boundary < 1:
+    boundary = config.boundary if config.boundary is not None or not config.expert else opened.preset.boundary
+    if boundary is not None and not 0 < boundary < 1:
         raise ValueError(f"got --boundary {boundary}, expected a noise level between 0 and 1, such as 0.875")
     return boundary
 
 
 def main() -> None:
     config = cli.parse(TrainConfig, __doc__)
-    with distributed.joined(config.device) as device:
+    with distributed.process_group(config.device) as device:
         config = dataclasses.replace(config, device=device)
         if config.dry_run:
             print(rehearse(config))

@@ -1,31 +1,35 @@
-"""Training by several processes, each with a GPU of its own, on one machine or many that see the same
-folders. PyTorch's torchrun starts them:
+"""Training by several processes, each with a GPU of its own, on one machine or many that see the same folders.
+PyTorch's torchrun starts them:
 
     torchrun --nproc-per-node 8 train.py --data clips/ --batch 8
 
-Each process takes its part of every batch. Of every parameter, its gradient and its optimizer state it keeps one slice;
-the slices of a block are put together while that block computes, and gradients become means over the processes: this
-is PyTorch's FSDP2. What is drawn at random follows from seed and step, so nobody has to be told. The first process
-reads the weights and writes the folder of the run. For a process on its own, everything here does nothing.
+Each process takes its share of every batch, and holds one shard of every parameter, gradient and optimizer state
+(FSDP2). What is drawn at random follows from seed and step, so nobody has to be told. The first process reads the
+weights and writes the folder of the run. For a process on its own, everything here does nothing.
 """
 
-import contextlib
+import gc
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
 
 from support import cli
 
 
 def size() -> int:
     """How many processes work together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -33,35 +37,30 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
-@contextlib.contextmanager
-def joined(device: str | None) -> Iterator[str | None]:
+@contextmanager
+def process_group(device: str | None) -> Iterator[str | None]:
     """Work with the other processes of this torchrun, if there are any, to the end of the block.
 
     Takes the device that the user named, and yields this process's own. What processes other than the first print is
     dropped, but not what ends them.
     """
-    if not dist.is_available() or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield device
         return
     kind = cli.pick_device(device)
     if kind not in ("cuda", "cpu"):
-        raise ValueError(
-            f"got --device {kind} for several processes, expected cuda, where each takes its own GPU, or cpu"
-        )
+        raise ValueError(f"got --device {kind} for several processes, expected cuda, a GPU for each of them, or cpu")
     own = "cpu" if kind == "cpu" else cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    if kind == "cuda":
+    gpu = None if kind == "cpu" else torch.device(own)
+    if gpu:
         torch.cuda.set_device(own)
-    # Others wait while the first one writes a state. That a process has died, torchrun notices, and ends the rest.
-    backend, gpu = ("nccl", torch.device(own)) if kind == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=gpu)
+    # Others wait while the first one writes a state. torchrun notices when a process has died, and ends the rest.
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=gpu)
     try:
-        with contextlib.ExitStack() as stack:
-            if rank() > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            print(f"{size()} processes; should one die, the same command with --resume goes on from the last save")
-            yield own
+        with open(os.devnull, "w") if rank() > 0 else nullcontext() as nowhere:
+            with redirect_stdout(nowhere or sys.stdout), redirect_stderr(nowhere or sys.stderr):
+                print(f"{size()} processes; should one die, the same command with --resume goes on from the last save")
+                yield own
     except KeyboardInterrupt:
         if rank() > 0:
             sys.exit(130)  # the first one says it for all
@@ -69,51 +68,50 @@ def joined(device: str | None) -> Iterator[str | None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        reason = str(error).splitlines()[0][:200]
         raise ConnectionError(
-            f"process {rank()} lost the others, of which torchrun says what ended first ({reason}); "
-            "go on from the last save with the same command and --resume"
+            f"process {rank()} lost the others, of which torchrun says what ended first "
+            f"({str(error).splitlines()[0][:200]}); go on from the last save with the same command and --resume"
         ) from error
+    gc.collect()  # a sharded model that outlives its process group can abort the process as it ends
     dist.destroy_process_group()
 
 
-def shares() -> Iterator[slice]:
-    """Slices of a list of things to make and keep on disk: this process's share, and when all are done, everything."""
+def my_share(items: Sequence) -> Sequence:
+    """Those of the items that this process takes: every `size()`-th, from its own rank on."""
+    return items[rank() :: size()]
+
+
+def each_its_share(load: Callable, *lists: Sequence) -> Any:
+    """load(*lists), which computes what is not on disk yet: each process its share, and then all find everything."""
     if size() > 1:
-        yield slice(rank(), None, size())
+        load(*map(my_share, lists))
         dist.barrier()
-    yield slice(None)
+    return load(*lists)
 
 
-def total(number: float, device: str) -> float:
+def all_reduce(number: float, device: str) -> float:
     """The sum of a number over the processes."""
-    if size() == 1:
-        return number
-    tensor = torch.tensor(number, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.item()
+    total = torch.tensor(number, dtype=torch.float64, device=device if size() > 1 else "cpu")
+    if size() > 1:
+        dist.all_reduce(total)
+    return total.item()
 
 
-def agreed(value):
+def broadcast(value: Any) -> Any:
     """The value that the first process has."""
-    if size() == 1:
-        return value
     values = [value]
-    dist.broadcast_object_list(values)
+    if size() > 1:
+        dist.broadcast_object_list(values)
     return values[0]
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module | list[nn.Module]], device: str) -> None:
-    """Give each process its slice of every parameter, on its device.
+    """Give each process its shard of every parameter, on its device.
 
-    The values come from the first process; the model of the others may be without memory. A unit is what is put
-    together at a time, by calling it; units within others come first. What is in none is put together for the whole
-    forward pass.
+    The values come from the first process; the model of the others may be without memory. The parameters of a unit are
+    gathered when it is called; units within others come first. What is in no unit is gathered for the whole forward
+    pass.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import init_device_mesh
-
     values = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     mesh = init_device_mesh(torch.device(device).type, (size(),))
@@ -122,33 +120,3 @@ def shard(model: nn.Module, units: Iterable[nn.Module | list[nn.Module]], device
     with warnings.catch_warnings():  # PyTorch warns of how it asks itself for the device
         warnings.simplefilter("ignore")
         set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-
-
-def gathered(model: nn.Module, outline: nn.Module) -> nn.Module:
-    """The `outline` of a sharded model; for the first process, what is trained in it is filled in, on the CPU."""
-    trained = {name for name, parameter in outline.named_parameters() if parameter.requires_grad}
-    values = whole({name: tensor for name, tensor in model.state_dict().items() if name in trained})
-    if rank() == 0:
-        outline.load_state_dict(values, strict=False, assign=True)
-    return outline
-
-
-def whole(state):
-    """A nest of dicts and lists with its sliced tensors put together, on the first process's CPU; None for others'."""
-    if isinstance(state, dict):
-        return {name: whole(part) for name, part in state.items()}
-    if isinstance(state, list):
-        return [whole(part) for part in state]
-    if not hasattr(state, "full_tensor"):
-        return state
-    tensor = state.full_tensor()
-    return tensor.cpu() if rank() == 0 else None
-
-
-def sliced(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's slice of a tensor that all have, if `like` is of its shape and sliced; else the tensor."""
-    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,25 +1,31 @@
-"""Stopping and going on: what a run keeps in its folder, so that it ends as if it had never stopped.
+"""The folder of a run: what is written there, so that a run that was stopped ends as if it had not been.
 
     settings.json   the flags                          facts.json      what was trained on what
     metrics.jsonl   a line of figures each step        state-N.pt      weights and optimizers after step N
 
 A step of `train.py` follows from the seed and its own number, so these are all there is to know. Each file appears
-whole or not at all, and lines after the step from which a run goes on are taken out: it will write them again.
-Of several processes the first one writes. A state does not know how many they were.
+whole or not at all. A run that goes on from step N writes the lines after N again. The first of several processes
+writes, and a state does not depend on how many they were.
 """
 
 import json
+import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict
+from torch.optim import Optimizer
 
-from support import cli, distributed
+from support import cli, distributed, media, report
+
+# Only what is trained, with full tensors, on the first process's CPU.
+_TRAINED = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def newest_state(out: Path | str) -> Path | None:
@@ -27,148 +33,177 @@ def newest_state(out: Path | str) -> Path | None:
     return max(Path(out).glob("state-*.pt"), key=_step_of, default=None)
 
 
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters of a model, sharded or not, by name; {} on processes other than the first."""
+    return state_dict.get_model_state_dict(model, options=_TRAINED)
+
+
+class Run:
+    """A run in its folder, and its figures so far. It knows no model: it is handed what it writes."""
+
+    def __init__(self, settings: dict, may_change: set[str]):
+        """Claim the folder settings["out"], and with settings["resume"] read its last state.
+
+        Raises ValueError if the folder holds another run or result, or none to go on from, if the state cannot be
+        read, and if a setting outside of `may_change` is another than when the run began, so that it could not end as
+        it would have. But `steps` may grow: whoever asks for more does not want the same end.
+        """
+        self.settings, self.out, self.steps = settings, Path(settings["out"]), settings["steps"]
+        self.figures = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
+        newest, out = newest_state(self.out), self.out
+        if newest and not settings["resume"]:
+            raise ValueError(f"got --out {out}, which holds a run; go on with --resume, or choose another folder")
+        if settings["resume"] and not newest and not (out / "settings.json").is_file():
+            raise ValueError(f"got --resume, but there is no run in {out} to go on from; start without --resume")
+        for path in (out / "lora.safetensors", out / "model"):
+            if path.exists() and not newest:
+                raise ValueError(f"{path} is there, but no state to go on from; choose another --out, or move it away")
+        self.state = _read_state(newest) if newest else None
+        before = self.state["settings"] if newest else {}
+        for name in settings.keys() & before.keys() - may_change:
+            longer = name == "steps" and settings[name] > before[name]
+            if settings[name] != before[name] and not longer:
+                raise ValueError(
+                    f"got --resume with {settings[name]} as --{name.replace('_', '-')}, but the run in {out} began "
+                    f"with {before[name]}, and must end as if it had never stopped; repeat its flags, which are in "
+                    "settings.json, or start anew with another --out"
+                )
+
+    @contextmanager
+    def open(self, model: nn.Module, optimizers: Sequence[Optimizer], inputs: dict, facts: dict) -> Iterator[range]:
+        """Go on from the last state: yields the steps to do. In the block, Ctrl-C does not cut a step in two.
+
+        inputs: fingerprints of what the run is made from; ValueError if one changed since the run began.
+        facts: for facts.json.
+        """
+        self.model, self.optimizers, self.inputs, self.stop = model, optimizers, inputs, False
+        if self.state:
+            self._restore()
+        if distributed.rank() == 0:
+            self._prepare_folder(facts)
+        step = self.figures["step"]
+        self.progress = cli.Progress(self.steps, "training", step)
+        with ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends the second
+                    stack.callback(signal.signal, number, signal.signal(number, self._ask_to_stop))
+            self.board = _tensorboard(self.out, step) if distributed.rank() == 0 else None
+            if self.board:
+                stack.callback(self.board.close)  # it writes every two minutes, and now
+            yield range(step, self.steps)
+
+    def _restore(self) -> None:
+        for name, content in self.inputs.items():
+            if self.state["inputs"][name] != content:
+                raise ValueError(
+                    f"got --resume, but the {name} changed since the run began, and it must end as if it had never "
+                    "stopped; put back what was there, or start anew with another --out"
+                )
+        several = distributed.size() > 1
+        options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
+        weights = {"model_state_dict": self.state["model"], "optim_state_dict": self.state["optimizers"]}
+        state_dict.set_state_dict(self.model, self.optimizers, **weights, options=options)
+        self.figures, self.state = self.state["figures"], None
+        print(f"going on from step {self.figures['step']}")
+
+    def _prepare_folder(self, facts: dict) -> None:
+        """Write what the run is, and clear what a killed one left behind."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.out.glob(".*.tmp*"):
+            if unfinished.is_file():
+                unfinished.unlink()
+        cli.write_json(self.out / "settings.json", self.settings)
+        cli.write_json(self.out / "facts.json", facts)
+        lines = [line for line in report.read_metrics(self.out) if line["step"] <= self.figures["step"]]
+        with cli.replacing(self.out / "metrics.jsonl") as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def _ask_to_stop(self, number: int, frame) -> None:
+        """Ctrl-C once: stop after this step. Twice: stop now, and lose what was done since the last save."""
+        if self.stop:
+            raise KeyboardInterrupt("stopped at once; go on from the last save with the same command and --resume")
+        self.stop = True
+        message = b"\nstopping after this step; once more to stop at once\n" if distributed.rank() == 0 else b""
+        os.write(2, message)  # print could be what was interrupted
+
+    def count(self, loss: float, seconds: float, tokens: int, flops: float) -> dict[str, float]:
+        """Add a step to the figures so far, and return its own. tokens, flops: of each of its windows."""
+        batch, smooth = self.settings["batch"], self.figures["smooth"]
+        self.figures["step"] += 1
+        self.figures["smooth"] = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        self.figures["seconds"] += seconds
+        self.figures["flops"] += batch * flops
+        return {"loss": loss, "samples/s": batch / seconds, "tokens/s": batch / seconds * tokens}
+
+    def is_best(self, figures: dict[str, float]) -> bool:
+        """Whether the mean of a validation's three losses is the lowest so far."""
+        score, best = sum(figures[name] for name in ("sync", "async", "clean")) / 3, self.figures["best"]
+        better = math.isfinite(score) and (best is None or score < best)
+        self.figures["best"] = score if better else best
+        return better
+
+    def due(self, every: int, at_end: bool = False) -> bool:
+        """Whether what happens every so many steps, 0 for never, happens after this one."""
+        return every > 0 and (self.figures["step"] % every == 0 or at_end and self.figures["step"] == self.steps)
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Add a step's figures to metrics.jsonl and, where it is installed, to TensorBoard."""
+        self.progress.step(smooth=self.figures["smooth"], **figures)
+        if distributed.rank() > 0:
+            return
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({**self.figures, **figures}) + "\n")
+        for name, value in {**self.figures, **figures}.items():
+            if self.board and name != "step" and value is not None:
+                self.board.add_scalar(name, value, self.figures["step"])
+
+    def save(self) -> None:
+        """Write `state-N.pt` if it is due after step N. Raises KeyboardInterrupt if the run was asked to stop."""
+        step = self.figures["step"]
+        stop = distributed.all_reduce(self.stop, self.settings["device"])  # if one process is asked to, all do
+        if stop or step == self.steps or self.due(self.settings["save_every"]):
+            weights, moments = state_dict.get_state_dict(self.model, self.optimizers, options=_TRAINED)
+            if distributed.rank() == 0:
+                state = {"settings": self.settings, "inputs": self.inputs, "figures": self.figures}
+                with cli.replacing(self.out / f"state-{step:06d}.pt") as path:
+                    torch.save({**state, "model": weights, "optimizers": moments}, path)
+                for old in sorted(self.out.glob("state-*.pt"), key=_step_of)[: -self.settings["keep"]]:
+                    old.unlink()
+        if stop and step < self.steps:
+            raise KeyboardInterrupt(f"stopped after step {step}; go on with the same command and --resume")
+
+    def save_filmstrip(self, name: str, rows: Sequence[tuple[str, Tensor]], marks: Sequence[Sequence[bool]]) -> None:
+        if distributed.rank() == 0:
+            media.save_image(self.out / name, media.filmstrip(rows, marks=marks))
+
+    def finish(self, result: Path) -> None:
+        """Write report.html, and tell where everything is."""
+        if distributed.rank() == 0:
+            print(f"{result}\n{self.out / 'filmstrip.png'}\n{report.write(self.out)}")
+
+
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("state-"))
 
 
-def load_state(out: Path, settings: dict, may_change: set[str]) -> dict | None:
-    """The last state of a run, its tensors on the CPU, or None if it stopped before its first save.
-
-    Raises ValueError if there is no run, if the state cannot be read, and if a setting outside of `may_change` is
-    another than when the run began: it could not end as it would have. More `steps` are no mistake: nobody who asks for
-    them wants the same end.
-    """
-    path = newest_state(out)
-    if path is None:
-        if (out / "settings.json").is_file():
-            return None
-        raise ValueError(f"got --resume, but there is no run in {out} to go on from; start without --resume")
+def _read_state(path: Path) -> dict:
     try:
-        # Several processes map the file: each needs a slice of every tensor, and copies would take the memory of all.
+        # Only the first of several processes needs the tensors: the others map the file and read none of them.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=distributed.size() > 1)
+        if not isinstance(state, dict) or state.keys() != {"settings", "inputs", "figures", "model", "optimizers"}:
+            raise ValueError("it holds something else than a state as it is written today")
+        return state
     except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
         reason = str(error).splitlines()[0][:100]
         raise ValueError(
             f"cannot read {path} ({reason}); delete it to go on from the one before, or start again with another --out"
         ) from error
-    for name in settings.keys() & state["settings"].keys() - may_change:
-        longer = name == "steps" and settings[name] > state["settings"][name]
-        if settings[name] != state["settings"][name] and not longer:
-            raise ValueError(
-                f"got --resume with {settings[name]} as --{name.replace('_', '-')}, but the run in {out} began with "
-                f"{state['settings'][name]}, and must end as if it had never stopped; repeat its flags, which are in "
-                "settings.json, or start anew with another --out"
-            )
-    return state
 
 
-def restore(state: dict, inputs: dict[str, str], trained: Sequence[nn.Parameter], optimizers: Sequence) -> dict:
-    """Put a state back into parameters and optimizers, and return the figures of the run so far.
-
-    `inputs` names what the run is made from, by its content; ValueError if it is not what the state was made from.
-    """
-    for name, content in inputs.items():
-        if state["inputs"][name] != content:
-            raise ValueError(
-                f"got --resume, but the {name} changed since the run began, and it must end as if it had never "
-                "stopped; put back what was there, or start anew with another --out"
-            )
-    for parameter, value in zip(trained, state["trained"], strict=True):
-        parameter.data.copy_(distributed.sliced(value, parameter))
-    for optimizer, content in zip(optimizers, state["optimizers"], strict=True):
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for i, moments in content["state"].items():
-            content["state"][i] = {name: distributed.sliced(value, parameters[i]) for name, value in moments.items()}
-        optimizer.load_state_dict(content)
-    return state["figures"]
-
-
-def save_state(
-    out: Path, keep: int, settings: dict, inputs: dict[str, str], figures: dict, trained: Sequence[nn.Parameter],
-    optimizers: Sequence,
-) -> None:  # fmt: skip
-    """Write `state-N.pt` for N = figures["step"], and delete all but the last `keep` states."""
-    state = {"settings": settings, "inputs": inputs, "figures": figures, "trained": [p.data for p in trained]}
-    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    state = distributed.whole(state)
-    if distributed.rank() > 0:
-        return
-    with cli.replacing(out / f"state-{figures['step']:06d}.pt") as path:
-        torch.save(state, path)
-    for old in sorted(out.glob("state-*.pt"), key=_step_of)[:-keep]:
-        old.unlink()
-
-
-def open_folder(out: Path, settings: dict, facts: dict, step: int) -> None:
-    """Write what a run is, and clear its folder of what a killed one left behind after `step`."""
-    if distributed.rank() > 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    for unfinished in out.glob(".*.tmp*"):
-        if unfinished.is_file():
-            unfinished.unlink()
-    for name, content in (("settings.json", settings), ("facts.json", facts)):
-        cli.write_json(out / name, content)
-    lines = [line for line in read_metrics(out) if line["step"] <= step]
-    with cli.replacing(out / "metrics.jsonl") as path:
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def read_metrics(out: Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`; one that was cut off while it was written is left out."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def log(out: Path, board, figures: dict[str, float]) -> None:
-    """Add the figures of a step to `metrics.jsonl`, and to TensorBoard if there is a `board`."""
-    if distributed.rank() > 0:
-        return
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(figures) + "\n")
-    if board is not None:
-        for name, value in figures.items():
-            if name != "step" and value is not None:
-                board.add_scalar(name, value, figures["step"])
-
-
-@contextmanager
-def tensorboard(out: Path, step: int) -> Iterator:
-    """Yields TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
+def _tensorboard(out: Path, step: int):
+    """TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        SummaryWriter = None
-    if SummaryWriter is None or distributed.rank() > 0:
-        yield None
-        return
-    board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-    try:
-        yield board
-    finally:
-        board.close()  # it writes every two minutes, and now
-
-
-@contextmanager
-def stopping() -> Iterator[Callable[[], bool]]:
-    """Yields a question: has Ctrl-C, or a scheduler's SIGTERM, asked the run to end? So a step is never cut in two.
-
-    The second signal does not wait: what was done since the last save is then lost.
-    """
-    asked = []
-
-    def ask(number: int, frame) -> None:
-        if asked:
-            raise KeyboardInterrupt("stopped at once; go on from the last save with the same command and --resume")
-        asked.append(number)
-        message = b"\nstopping after this step; once more to stop at once\n" if distributed.rank() == 0 else b""
-        os.write(2, message)  # print could be what was interrupted
-
-    mine = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, ask) for number in mine}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        return None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)

@@ -20,6 +20,7 @@ from small import call, clips_fixture, mistake, model_fixture  # noqa: F401 (fix
 
 import lora
 import train
+from model import Wan
 from support import distributed, resume
 from wan import checkpoint
 
@@ -103,12 +104,14 @@ def test_two_processes_make_what_one_makes_and_go_on_from_each_other(model, clip
     assert len(list((tmp_path / "cache").iterdir())) == 4 + 5
     _assert_alike(both, alone)
     ours, theirs = (torch.load(folder / "state-000006.pt", weights_only=True) for folder in (both, alone))
-    assert [p.shape for p in ours["trained"]] == [p.shape for p in theirs["trained"]]
-    moments, expected = (state["optimizers"][0]["state"] for state in (ours, theirs))
-    for i, parts in expected.items():
-        for name, tensor in parts.items():
-            assert type(moments[i][name]) is torch.Tensor
-            assert (moments[i][name] - tensor).norm() <= 5e-3 * tensor.norm(), "Adam hides a scale, its moments do not"
+    shapes = [{name: tensor.shape for name, tensor in state["model"].items()} for state in (ours, theirs)]
+    assert shapes[0] == shapes[1] and len(shapes[0]) == 40
+    moments, expected = (state["optimizers"]["state"] for state in (ours, theirs))
+    assert moments.keys() == expected.keys() == shapes[0].keys()
+    for name, parts in expected.items():
+        for kind, tensor in parts.items():
+            assert type(moments[name][kind]) is torch.Tensor
+            assert (moments[name][kind] - tensor).norm() <= 5e-3 * tensor.norm(), "Adam hides a scale, moments do not"
 
     from_one = _stopped(alone, tmp_path / "from one", 2)
     assert "going on from step 2" in _together(*_flags(model, clips, from_one, *steps, "--resume"))
@@ -171,13 +174,13 @@ def test_ctrl_c_saves_and_a_killed_process_leaves_the_last_save(model, clips, tm
 
 def _work_together(model, folder):
     """What each of two processes finds, written to a file."""
-    config = train.TrainConfig(model=model, rank=3)
+    opened, config = checkpoint.open(model, Wan), train.TrainConfig(model=model, rank=3)
     generator = torch.Generator().manual_seed(0)
     x, tau = torch.randn(2, 16, 3, 4, 4, generator=generator), torch.rand(2, 3, generator=generator)
     context = torch.randn(2, 32, 16, generator=generator)
 
     def injected():
-        transformer = checkpoint.load_transformer(model, torch.bfloat16)
+        transformer = opened.transformer(torch.bfloat16)
         train.trainable(transformer, config)
         for name, parameter in transformer.named_parameters():
             if parameter.requires_grad:
@@ -192,20 +195,21 @@ def _work_together(model, folder):
 
     alone = injected()
     expected = gradients(alone, slice(None), 1)
-    with distributed.joined("cpu") as device:
+    with distributed.process_group("cpu") as device:
         rank, size = distributed.rank(), distributed.size()
         found = {
-            "total": distributed.total(rank + 1, device),
-            "agreed": distributed.agreed(rank),
-            "shares": [list("abcde")[share] for share in distributed.shares()],
+            "sum": distributed.all_reduce(rank + 1, device),
+            "broadcast": distributed.broadcast(rank),
+            "share": distributed.my_share(list("abcde")),
         }
-        transformer = injected() if rank == 0 else checkpoint.outline(model)[0]
+        transformer = injected() if rank == 0 else opened.outline()[0]
         if rank > 0:
             train.trainable(transformer, config)
-        train.shard(transformer, None, device)
+        models = torch.nn.ModuleDict({"transformer": transformer})
+        train.shard(models, device)
         parameters = dict(transformer.named_parameters())
         found["bytes"] = sum(p.to_local().nbytes for p in parameters.values())
-        found["whole bytes"] = sum(p.nbytes for p in alone.parameters())
+        found["full bytes"] = sum(p.nbytes for p in alone.parameters())
         found["dtypes"] = all(p.dtype == parameters[name].dtype for name, p in alone.named_parameters())
         sharded = gradients(transformer, slice(rank, rank + 1), size)
         found["gradients"] = max(
@@ -217,16 +221,9 @@ def _work_together(model, folder):
         found["expected norm"] = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0).item()
         clipped = [gradient.full_tensor().norm() for gradient in sharded.values()]
         found["clipped"] = torch.stack(clipped).norm().item()
-        parameter = parameters["blocks.0.ffn.0.lora_A"]
-        values = torch.arange(parameter.numel()).float().view(parameter.shape)
-        state = {"a": [distributed.sliced(values, parameter)], "b": 1}
-        found["slice"] = list(state["a"][0].to_local().shape)
-        state = distributed.whole(state)
-        found["put together"] = state["a"][0] is None if rank else torch.equal(state["a"][0], values)
-        outline = checkpoint.outline(model)[0]
-        train.trainable(outline, config)
-        outline = distributed.gathered(transformer, outline)
-        found["gathered"] = rank == 1 or str(lora.extract(outline)) == str(lora.extract(alone))
+        found["shard"] = list(parameters["blocks.0.ffn.0.lora_A"].to_local().shape)
+        full = train.full_models(opened, models, config)
+        found["full"] = rank == 1 or str(lora.extract(full["transformer"])) == str(lora.extract(alone))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -238,16 +235,16 @@ def test_each_process_has_half_and_gradients_are_those_of_the_whole(model, tmp_p
     ended = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first["total"] == second["total"] == 3 and first["agreed"] == second["agreed"] == 0
-    assert first["shares"] == [list("ace"), list("abcde")] and second["shares"] == [list("bd"), list("abcde")]
-    assert first["slice"] == [2, 48] and second["slice"] == [1, 48], "a rank of 3"
+    assert first["sum"] == second["sum"] == 3 and first["broadcast"] == second["broadcast"] == 0
+    assert first["share"] == list("ace") and second["share"] == list("bd")
+    assert first["shard"] == [2, 48] and second["shard"] == [1, 48], "a rank of 3"
     for found in (first, second):
-        assert found["dtypes"] and found["put together"] and found["gathered"]
-        assert found["bytes"] == pytest.approx(found["whole bytes"] / 2, rel=0.1)
+        assert found["dtypes"] and found["full"]
+        assert found["bytes"] == pytest.approx(found["full bytes"] / 2, rel=0.1)
         assert found["gradients"] < 0.02, "bf16 has 8 bits"
         assert found["norm"] == pytest.approx(found["expected norm"], rel=0.01) and found["norm"] > 2
         assert found["clipped"] == pytest.approx(1, rel=1e-3)
-    assert first["bytes"] + second["bytes"] == first["whole bytes"]
+    assert first["bytes"] + second["bytes"] == first["full bytes"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +275,7 @@ def test_a_process_takes_a_gpu_of_its_own_or_the_cpu(second_of_two, kind, monkey
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(device))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, device_id, **_: seen.append(backend))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    with distributed.joined(None) as device:
+    with distributed.process_group(None) as device:
         assert device == {"cuda": "cuda:1", "cpu": "cpu"}[kind]
     assert seen == {"cuda": ["cuda:1", "nccl"], "cpu": ["gloo"]}[kind]
 

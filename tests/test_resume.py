@@ -8,47 +8,67 @@ import signal
 import pytest
 import torch
 
-from support import resume
+from support import report, resume
 
-SETTINGS, INPUTS = {"lr": 0.1, "out": "a"}, {"clips": "1"}
+SETTINGS, INPUTS = {"lr": 0.1, "steps": 99, "batch": 2, "save_every": 1, "device": "cpu", "keep": 2}, {"clips": "1"}
 
 
-def _trained(seed):
+def _run(out, **settings):
+    settings = {**SETTINGS, "out": str(out), "resume": resume.newest_state(out) is not None, **settings}
+    return resume.Run(settings, {"out", "resume"})
+
+
+def _trained(seed, muon=False):
+    """A model with a frozen part, and its optimizers."""
     torch.manual_seed(seed)
-    parameters = [torch.nn.Parameter(torch.randn(3)), torch.nn.Parameter(torch.randn(2, 2))]
-    return parameters, torch.optim.AdamW(parameters, lr=0.1)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "frozen": torch.nn.Linear(2, 2)})
+    model["frozen"].requires_grad_(False)
+    if not muon:
+        return model, [torch.optim.AdamW(model["a"].parameters(), lr=0.1)]
+    return model, [torch.optim.AdamW([model["a"].bias], lr=0.1), torch.optim.Muon([model["a"].weight], lr=0.1)]
 
 
-def _step(parameters, optimizer):
-    sum(p.square().sum() for p in parameters).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def _step(model, optimizers):
+    sum(p.square().sum() for p in model["a"].parameters()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def _saved(out, steps, keep=2):
-    out.mkdir(exist_ok=True)
-    parameters, optimizer = _trained(0)
-    for step in range(1, steps + 1):
-        _step(parameters, optimizer)
-        resume.save_state(out, keep, SETTINGS, INPUTS, {"step": step, "smooth": 0.1}, parameters, [optimizer])
-    return parameters, optimizer
+def _saved(out, steps, muon=False, **settings):
+    model, optimizers = _trained(0, muon)
+    run = _run(out, **settings)
+    with run.open(model, optimizers, INPUTS, {}):
+        for _ in range(steps):
+            _step(model, optimizers)
+            run.count(0.1, seconds=1.0, tokens=1, flops=1.0)
+            run.save()
+    return model, optimizers
 
 
-def test_a_state_brings_back_weights_and_moments_to_the_bit(tmp_path):
-    parameters, optimizer = _saved(tmp_path, 3)
-    others, other = _trained(1)
-    state = resume.load_state(tmp_path, {**SETTINGS, "out": "b", "new flag": 1}, {"out"})
-    assert resume.restore(state, INPUTS, others, [other]) == {"step": 3, "smooth": 0.1}
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_state_brings_back_weights_and_moments_to_the_bit(muon, tmp_path):
+    model, optimizers = _saved(tmp_path, 3, muon)
+    other, others = _trained(1, muon)
+    run = _run(tmp_path, **{"new flag": 1})
+    with run.open(other, others, INPUTS, {}) as steps:
+        assert steps == range(3, 99) and (run.figures["step"], run.figures["smooth"]) == (3, 0.1)
     for _ in range(3):
-        _step(parameters, optimizer)
-        _step(others, other)
-    assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
+        _step(model, optimizers)
+        _step(other, others)
+    assert all(torch.equal(a, b) for a, b in zip(model["a"].parameters(), other["a"].parameters(), strict=True))
+
+
+def test_a_state_has_only_what_is_trained(tmp_path):
+    _saved(tmp_path, 1)
+    state = torch.load(resume.newest_state(tmp_path), weights_only=True)
+    assert state["model"].keys() == state["optimizers"]["state"].keys() == {"a.weight", "a.bias"}
 
 
 def test_states_rotate_by_their_step_and_unfinished_ones_do_not_count(tmp_path):
     assert resume.newest_state(tmp_path) is None
     (tmp_path / ".state-999999.1.tmp.pt").write_bytes(b"half")
-    _saved(tmp_path, 11, keep=2)
+    _saved(tmp_path, 11)
     (tmp_path / "state-1000000.pt").touch()
     assert resume.newest_state(tmp_path).name == "state-1000000.pt"
     assert sorted(path.name for path in tmp_path.glob("state-0*")) == ["state-000010.pt", "state-000011.pt"]
@@ -56,35 +76,55 @@ def test_states_rotate_by_their_step_and_unfinished_ones_do_not_count(tmp_path):
 
 def test_what_does_not_go_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no run in"):
-        resume.load_state(tmp_path, SETTINGS, set())
+        _run(tmp_path, resume=True)
     (tmp_path / "settings.json").touch()
-    assert resume.load_state(tmp_path, SETTINGS, set()) is None, "stopped before its first save"
-    parameters, optimizer = _saved(tmp_path, 1)
+    assert _run(tmp_path, resume=True).state is None, "stopped before its first save"
+    model, optimizers = _saved(tmp_path, 1)
+    with pytest.raises(ValueError, match="which holds a run; go on with --resume"):
+        _run(tmp_path, resume=False)
     with pytest.raises(ValueError, match="with 0.2 as --lr, but the run in .* began with 0.1"):
-        resume.load_state(tmp_path, {"lr": 0.2}, set())
-    before = [p.clone() for p in parameters]
-    with pytest.raises(ValueError, match="the clips changed since the run began"):
-        resume.restore(resume.load_state(tmp_path, SETTINGS, set()), {"clips": "2"}, parameters, [optimizer])
-    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+        _run(tmp_path, lr=0.2)
+    with pytest.raises(ValueError, match="with 98 as --steps"):
+        _run(tmp_path, steps=98)
+    assert _run(tmp_path, steps=100).state
+    before = [p.clone() for p in model.parameters()]
+    with (
+        pytest.raises(ValueError, match="the clips changed since the run began"),
+        _run(tmp_path).open(model, optimizers, {"clips": "2"}, {}),
+    ):
+        pass
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"settings": {}, "inputs": {}, "figures": {}, "trained": []}])
+def test_a_state_that_is_none_of_todays_is_refused_in_a_sentence(state, tmp_path):
+    torch.save(state, tmp_path / "state-000001.pt")
+    with pytest.raises(ValueError, match=r"cannot read .*state-000001.pt .*start again with another --out"):
+        _run(tmp_path)
 
 
 def test_figures_have_no_gaps_and_no_doubles(tmp_path):
-    resume.open_folder(tmp_path, SETTINGS, {}, 0)
-    for step in range(1, 6):
-        resume.log(tmp_path, None, {"step": step, "loss": 1.0})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')
-    assert [line["step"] for line in resume.read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
-    resume.open_folder(tmp_path, SETTINGS, {}, 3)
-    resume.log(tmp_path, None, {"step": 4, "loss": 1.0})
-    assert [line["step"] for line in resume.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    model, optimizers = _trained(0)
+    for first, last in ((0, 5), (3, 4)):
+        run = _run(tmp_path)
+        with run.open(model, optimizers, INPUTS, {}) as steps:
+            assert steps[0] == first
+            for step in range(first, last):
+                run.log(run.count(1.0, seconds=1.0, tokens=1, flops=1.0))
+                if step == 2:
+                    run.save()
+        assert [line["step"] for line in report.read_metrics(tmp_path)] == list(range(1, last + 1))
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 6, "lo')
+        assert [line["step"] for line in report.read_metrics(tmp_path)] == list(range(1, last + 1))
 
 
-def test_a_signal_is_only_noted_and_the_second_is_not(capfd):
+def test_a_signal_is_only_noted_and_the_second_is_not(tmp_path, capfd):
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="last save"), resume.stopping() as stopping:
-        assert not stopping()
+    run = _run(tmp_path)
+    with pytest.raises(KeyboardInterrupt, match="last save"), run.open(*_trained(0), INPUTS, {}):
+        assert not run.stop
         signal.raise_signal(signal.SIGTERM)
-        assert stopping() and "after this step" in capfd.readouterr().err
+        assert run.stop and "after this step" in capfd.readouterr().err
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
