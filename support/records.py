@@ -1,0 +1,59 @@
+"""Records of runs: a JSON file with every setting, which repeats the run or goes on with it; and free file names."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from support import cli
+
+
+def write(path: Path, config) -> None:
+    """Write the settings of a run, a dataclass, and the version of torch that it ran on."""
+    cli.write_json(path, {"settings": dataclasses.asdict(config), "torch": torch.__version__})
+
+
+def read(path: Path, config_class: type):
+    """The settings that `write` wrote. ValueError if the file is none of them, or lacks one."""
+    try:
+        entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
+        missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a run, expected a JSON file that sample.py wrote: {error}") from None
+    return config
+
+
+def free_stem(folder: Path, name: str) -> Path:
+    """The first of FOLDER/NAME-001, FOLDER/NAME-002, ... that is the stem of no file."""
+    numbers = (n for n in range(1, 10**6) if not list(folder.glob(f"{name}-{n:03d}.*")))
+    return folder / f"{name}-{next(numbers):03d}"
+
+
+def check_new(paths: Iterable[Path], overwrite: bool) -> None:
+    """Raise ValueError if one of the files exists and may not be replaced."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists; add --overwrite to replace it, or choose another --out")
+
+
+def check_clips(folder: Path, config, may_change: set[str]) -> None:
+    """Raise ValueError if a folder of clips holds anything else than a run with these settings began.
+
+    may_change: the settings that need not be those in its `settings.json`.
+    """
+    record = folder / "settings.json"
+    if record.is_file():
+        begun = vars(read(record, type(config)))
+        for name, now in vars(config).items():
+            if name not in may_change and begun[name] != now:
+                raise ValueError(f"got {now} as --{name.replace('_', '-')}, but the clips in {folder} began with "
+                                 f"{begun[name]}; repeat that, or choose another --out")  # fmt: skip
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(
+            f"got --out {folder}, which holds other files, expected a new folder or one that --prompts began"
+        )
