@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (z (B,C,F,H,W), tau (B,F)) → v, shaped like z
-OnStep = Callable[[int, Tensor], None]  # (k, z) after step k = 0..K-1
+OnStep = Callable[[int, Tensor], None] | None  # (k, z) after step k = 0..K-1
 
 
 def interpolate(x0: Tensor, x1: Tensor, tau: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def sigma_schedule(K: int, shift: float) -> Tensor:
     return shifted(1 - torch.arange(K + 1, dtype=torch.float64) / K, shift).float()
 
 
-def denoise(velocity: Velocity, x0: Tensor, x1: Tensor, taus: Tensor, on_step: OnStep | None = None) -> Tensor:
+def denoise(velocity: Velocity, x0: Tensor, x1: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
     """From conditions and noise to data: start on every frame's path at taus[0], and walk to taus[-1] by `euler`.
 
     x0 (B,C,F,H,W) holds the conditions, x1 (B,C,F,H,W) the noise. Free frames start as pure x1, where τ = 1; a
@@ -90,7 +90,7 @@ def denoise(velocity: Velocity, x0: Tensor, x1: Tensor, taus: Tensor, on_step: O
     return euler(velocity, interpolate(x0, x1, taus[:1].to(x1.device)), taus, on_step)
 
 
-def euler(velocity: Velocity, z: Tensor, taus: Tensor, on_step: OnStep | None = None) -> Tensor:
+def euler(velocity: Velocity, z: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
     """Walk from z (B,C,F,H,W), best in fp32, at the levels taus[0] of taus (K+1,F), to taus[-1]."""
     if taus.dim() != 2 or taus.shape[1] != z.shape[2]:
         raise ValueError(f"got taus {tuple(taus.shape)} for {z.shape[2]} latent frames, expected (K+1, {z.shape[2]})")

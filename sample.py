@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -306,17 +306,33 @@ def legs(config: SampleConfig, taus: Tensor) -> list[Leg]:
 
 
 class Experts:
-    """The transformers of a run, one at a time in memory, and the velocity of the prompt that one is led by."""
+    """The transformers of a run, one at a time in memory, and the prompts that they know.
 
-    def __init__(self, config: SampleConfig, opened: checkpoint.Opened, context: Callable[[list[str]], Tensor]):
-        self.config, self.opened, self.context = config, opened, context
+    Each prompt is encoded once ever, and stored in $NANOPUSA_CACHE, or ~/.cache/nanopusa. The text encoder is gone when
+    this is made.
+    """
+
+    def __init__(self, config: SampleConfig, opened: checkpoint.Opened, prompts: Sequence[str]):
+        self.config, self.opened, self.dtype = config, opened, getattr(torch, config.dtype)
+        self.home = "cpu" if config.offload else config.device
+        folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
+        self.context = opened.encode_prompts([*prompts, config.negative_prompt], self.dtype, self.home, folder)
         self.name = self.transformer = self.prompt = self.velocity = None
 
     def load(self, name: str) -> Wan:
-        """The transformer of this name; the earlier one is let go before it is loaded."""
+        """The "high" or "low" transformer with its LoRAs merged; the earlier one is let go before it is loaded."""
         if name != self.name:
-            self.transformer = self.velocity = None
-            self.transformer, self.name = load_expert(self.config, self.opened, name), name
+            self.name = self.transformer = self.velocity = None
+            named = [_parse_lora(entry) for entry in self.config.lora]
+            loras = [(lora.load(path), strength) for which, path, strength in named if which in ("", name)]
+            transformer = self.opened.transformer(self.dtype, self.home, name)
+            for change, strength in loras:
+                lora.merge(transformer, change, strength)
+            if self.config.compile:
+                transformer.compile_blocks()
+            if self.config.offload:
+                offload(transformer, self.config.device)
+            self.name, self.transformer = name, transformer
         return self.transformer
 
     def led_by(self, prompt: str, leg: Leg) -> flow.Velocity:
@@ -328,32 +344,17 @@ class Experts:
             self.velocity, self.prompt = guided_velocity(transformer, *contexts, leg.guidance), prompt
         return self.velocity
 
-
-def load_expert(config: SampleConfig, opened: checkpoint.Opened, expert: str = "high") -> Wan:
-    """A transformer with its LoRAs merged, ready to run; "high" is also the only one."""
-    named = [_parse_lora(entry) for entry in config.lora]
-    loras = [(lora.load(path), strength) for which, path, strength in named if which in ("", expert)]
-    home = "cpu" if config.offload else config.device
-    transformer = opened.transformer(getattr(torch, config.dtype), home, expert)
-    for change, strength in loras:
-        lora.merge(transformer, change, strength)
-    if config.compile:
-        transformer.compile_blocks()
-    if config.offload:
-        offload(transformer, config.device)
-    return transformer
-
-
-def encode_prompts(
-    config: SampleConfig, opened: checkpoint.Opened, prompts: Sequence[str]
-) -> Callable[[list[str]], Tensor]:
-    """A function from some of the prompts to their embeddings (B, T, text_dim), on the CPU.
-
-    Each prompt is encoded once ever, and stored in $NANOPUSA_CACHE, or ~/.cache/nanopusa.
-    """
-    folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
-    device = "cpu" if config.offload else config.device
-    return opened.encode_prompts(prompts, getattr(torch, config.dtype), device, folder)
+    def walk(
+        self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, on_step: flow.OnStep = None
+    ) -> Tensor:
+        """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts, by one expert after the other."""
+        first, *others = legs(self.config, taus)
+        ends = zip(prompts, x0.split(1), x1.split(1), strict=True)
+        z = [flow.denoise(self.led_by(prompt, first), a, b, first.taus, on_step) for prompt, a, b in ends]
+        for leg in others:
+            clips = zip(prompts, z, strict=True)
+            z = [flow.euler(self.led_by(prompt, leg), latents, leg.taus, on_step) for prompt, latents in clips]
+        return torch.cat(z)
 
 
 @torch.no_grad()
@@ -364,15 +365,14 @@ def generate(
     vae: WanVAE,
     inputs: dict[str, list[Tensor]],
     clips: Sequence[Clip],
-    on_step: flow.OnStep | None = None,
+    on_step: flow.OnStep = None,
 ) -> Iterator[Tensor]:
     """The latents (1, 16, F, H, W), fp32, of one clip after another, of a run that `prepare` and `lay_out` settled.
 
     Every part is loaded once: the text encoder for all prompts, then the transformer, which stays until the last clip.
     Two experts take turns at groups of clips. `on_step(k, z)` is called after each step of every clip and expert.
     """
-    prompts = [config.negative_prompt, *(clip.prompt for clip in clips)]
-    experts = Experts(config, opened, encode_prompts(config, opened, prompts))
+    experts = Experts(config, opened, [clip.prompt for clip in clips])
     width, height = cli.parse_size(config.size)
     shape = (1, opened.config.in_dim, len(job.plans[0].m), height // 8, width // 8)
     turn = 1 if config.boundary is None else TURN
@@ -382,22 +382,9 @@ def generate(
         for plan, taus in zip(job.plans, job.taus, strict=True):
             x1 = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(config.device)
             x0 = conditions(vae, plan, inputs, x1) if made is None else carried_over(vae, made, job, x1)
-            z = walk(experts, [clip.prompt for clip in group], legs(config, taus), x0, x1, on_step)
+            z = experts.walk([clip.prompt for clip in group], x0, x1, taus, on_step)
             made = z if made is None else joined(made, z, job)
-        yield from trimmed(made, job).split(1)
-
-
-def walk(
-    experts: Experts, prompts: Sequence[str], legs: Sequence[Leg], x0: Tensor, x1: Tensor, on_step: flow.OnStep | None
-) -> Tensor:
-    """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts, by one expert after the other."""
-    first, *others = legs
-    pairs = zip(prompts, x0.split(1), x1.split(1), strict=True)
-    z = [flow.denoise(experts.led_by(prompt, first), data, noise, first.taus, on_step) for prompt, data, noise in pairs]
-    for leg in others:
-        pairs = zip(prompts, z, strict=True)
-        z = [flow.euler(experts.led_by(prompt, leg), latents, leg.taus, on_step) for prompt, latents in pairs]
-    return torch.cat(z)
+        yield from made.split(1)
 
 
 def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], like: Tensor) -> Tensor:
@@ -424,10 +411,8 @@ def guided_velocity(transformer: Wan, positive: Tensor, negative: Tensor, guidan
 
     def velocity(z: Tensor, tau: Tensor) -> Tensor:
         v = transformer(z, tau, keys)
-        if keys_away is None:
-            return v
-        away = transformer(z, tau, keys_away)
-        return away + guidance * (v - away)
+        away = v if keys_away is None else transformer(z, tau, keys_away)
+        return v if keys_away is None else away + guidance * (v - away)
 
     return velocity
 
@@ -453,17 +438,12 @@ def carried_over(vae: WanVAE, made: Tensor, job: Job, like: Tensor) -> Tensor:
 
 
 def joined(made: Tensor, z: Tensor, job: Job) -> Tensor:
-    """The latents made so far and those of a new window z, without the ones that it took over."""
-    if job.backwards:
-        return torch.cat([z[:, :, : -job.carried], made[:, :, 1:]], dim=2)
-    return torch.cat([made, z[:, :, job.carried :]], dim=2)
-
-
-def trimmed(made: Tensor, job: Job) -> Tensor:
-    """The F latents of the video: whole windows may overshoot."""
-    if job.backwards and made.shape[2] > job.F:  # the surplus is at the start, whose latent must stay a lone frame
-        return torch.cat([made[:, :, :1], made[:, :, made.shape[2] - job.F + 1 :]], dim=2)
-    return made[:, :, : job.F]
+    """The latents made so far and those of a new window z, without what it took over and what is more than F."""
+    if not job.backwards:
+        return torch.cat([made, z[:, :, job.carried :]], dim=2)[:, :, : job.F]
+    made = torch.cat([z[:, :, : -job.carried], made[:, :, 1:]], dim=2)
+    surplus = max(0, made.shape[2] - job.F)  # at the start, whose latent must stay a lone frame
+    return torch.cat([made[:, :, :1], made[:, :, 1 + surplus :]], dim=2)
 
 
 @torch.no_grad()
@@ -489,7 +469,8 @@ def sample(config: SampleConfig) -> dict[str, Path]:
 
 
 def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
-    started, files = time.monotonic(), outputs(config)
+    started, wanted = time.monotonic(), (config.out, config.task, config.plot, config.overwrite)
+    files = records.outputs(*wanted)
     inputs = read_inputs(config, job.plans[0])
     for slot in job.plans[0].given:
         tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
@@ -508,7 +489,7 @@ def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> di
     (latents,) = generate(config, opened, job, vae, inputs, [Clip(config.prompt, config.seed)], on_step)
     video, title = decode(vae, latents), f"{config.task}: {config.prompt}"
     if config.out is None:
-        files = outputs(config)  # anew: another run may have taken the number that was free when this one began
+        files = records.outputs(*wanted)  # another run may have taken the number that was free when this one began
     media.write_video(files["video"], video, config.fps)
     media.save_image(files["filmstrip"], media.filmstrip([(title, video)], marks=[given_frames(job)]))
     if config.plot:
@@ -550,20 +531,6 @@ def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> d
 def clip_seed(seed: int, number: int) -> int:
     """The seed of a clip of `--prompts`: with it, `--prompt` makes that clip alone."""
     return seed * 1_000_003 + number
-
-
-def outputs(config: SampleConfig) -> dict[str, Path]:
-    """The files of a run. Raises ValueError if one exists and may not be replaced."""
-    free = config.out is None and records.free_stem(Path("outputs"), config.task)
-    video = Path(config.out or f"{free}.mp4")
-    if video.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"got --out {video}, expected a file that ends in .mp4 or .gif")
-    files = {"video": video, "filmstrip": video.with_suffix(".png"), "settings": video.with_suffix(".json")}
-    if config.plot:
-        files["tau"] = video.with_name(f"{video.stem}-tau.png")
-        files["denoising"] = video.with_name(f"{video.stem}-denoising.png")
-    records.check_new(files.values(), config.overwrite)
-    return files
 
 
 def given_frames(job: Job) -> list[bool]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,17 +27,22 @@ def read(path: Path, config_class: type):
     return config
 
 
-def free_stem(folder: Path, name: str) -> Path:
-    """The first of FOLDER/NAME-001, FOLDER/NAME-002, ... that is the stem of no file."""
-    numbers = (n for n in range(1, 10**6) if not list(folder.glob(f"{name}-{n:03d}.*")))
-    return folder / f"{name}-{next(numbers):03d}"
+def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str, Path]:
+    """The files of a run, by default with the first free number of outputs/NAME-001.mp4, outputs/NAME-002.mp4, ...
 
-
-def check_new(paths: Iterable[Path], overwrite: bool) -> None:
-    """Raise ValueError if one of the files exists and may not be replaced."""
-    for path in paths:
+    Raises ValueError if one exists and may not be replaced.
+    """
+    numbers = (n for n in range(1, 10**6) if not list(Path("outputs").glob(f"{name}-{n:03d}.*")))
+    video = Path(out or f"outputs/{name}-{next(numbers):03d}.mp4")
+    if video.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"got --out {video}, expected a file that ends in .mp4 or .gif")
+    files = {"video": video, "filmstrip": video.with_suffix(".png"), "settings": video.with_suffix(".json")}
+    if plot:
+        files |= {plot: video.with_name(f"{video.stem}-{plot}.png") for plot in ("tau", "denoising")}
+    for path in files.values():
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists; add --overwrite to replace it, or choose another --out")
+    return files
 
 
 def check_clips(folder: Path, config, may_change: set[str]) -> None:

@@ -430,7 +430,7 @@ def test_loras_add_up(model, tmp_path):
     for path, pairs in zip(paths, (one, other), strict=True):
         lora.save(path, pairs)
     flags = {"lora": (f"{paths[0]}:0.5", f"{paths[1]}:-0.25"), "model": str(model), "dtype": "float32"}
-    merged = sample.load_expert(*sample.prepare(SampleConfig(task="t2v", **flags)))
+    merged = sample.Experts(*sample.prepare(SampleConfig(task="t2v", **flags)), []).load("high")
     for name, (A, B, _) in one.items():
         expected = base.get_submodule(name).weight + 0.5 * B @ A - 0.25 * other[name][1] @ other[name][0]
         torch.testing.assert_close(merged.get_submodule(name).weight, expected)
@@ -531,7 +531,7 @@ def test_offload_gives_the_same_video(run, tmp_path):
 
 def test_offload_leaves_the_blocks_to_the_cpu(model):
     config, opened = sample.prepare(sample.SampleConfig(task="t2v", model=str(model), offload=True))
-    wan = sample.load_expert(dataclasses.replace(config, device="meta"), opened)
+    wan = sample.Experts(dataclasses.replace(config, device="meta"), opened, []).load("high")
     for name, parameter in wan.named_parameters():
         assert parameter.device.type == ("cpu" if name.startswith("blocks.") else "meta"), name
 
@@ -649,7 +649,8 @@ def test_each_expert_takes_its_own_guidance_and_loras(run, two, model, calls, tm
     config, opened = sample.prepare(SampleConfig(model=str(two), dtype="float32", lora=tuple(settings["lora"])))
     change, other = (lora.load(path)["blocks.0.ffn.0"] for path in (one, own))
     base = _open(model).transformer().blocks[0].ffn[0].weight
-    high, low = (sample.load_expert(config, opened, expert).blocks[0].ffn[0].weight for expert in ("high", "low"))
+    experts = sample.Experts(config, opened, [])
+    high, low = (experts.load(name).blocks[0].ffn[0].weight for name in ("high", "low"))
     torch.testing.assert_close(high, base + 0.75 * change[1] @ change[0])
     torch.testing.assert_close(low, base + 0.25 * change[1] @ change[0] + other[1] @ other[0])
 
