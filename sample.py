@@ -171,10 +171,7 @@ def _loras(config: SampleConfig, own: Path, strength: float) -> tuple[str, ...]:
 
 
 def _parse_lora(entry: str) -> tuple[str, str, float | None]:
-    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH].
-
-    The colon of `C:\\lora.safetensors` is part of the path.
-    """
+    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH]; the colon of `C:` is of the path."""
     expert, mark, rest = entry.partition("=")
     if not mark or expert not in ("high", "low"):
         expert, rest = "", entry
@@ -298,9 +295,8 @@ def legs(config: SampleConfig, taus: Tensor) -> list[Leg]:
     The low-noise expert takes the steps with σ_k < boundary. That σ is the step's own, before multipliers, so all
     frames change over together, conditions included.
     """
-    if config.boundary is None:
-        return [Leg("high", config.guidance, taus)]
-    high = int((flow.sigma_schedule(len(taus) - 1, config.shift)[:-1] >= config.boundary).sum())
+    sigma = flow.sigma_schedule(len(taus) - 1, config.shift)
+    high = int((sigma[:-1] >= (config.boundary or 0)).sum())
     both = (Leg("high", config.guidance, taus[: high + 1]), Leg("low", config.guidance_2, taus[high:]))
     return [leg for leg in both if len(leg.taus) > 1]
 
@@ -460,7 +456,7 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     config, opened = prepare(config)
     job = lay_out(config, opened.preset.frames)
     if config.dry_run:
-        print("\n\n".join(tasks.table(taus) for taus in job.taus) + "\n\n" + estimate(config, opened, job))
+        print("\n\n".join(plots.table(taus) for taus in job.taus) + "\n\n" + estimate(config, opened, job))
         return {}
     for _, path, _ in map(_parse_lora, config.lora):
         if not Path(path).is_file():

@@ -94,9 +94,20 @@ def tau_schedule(
     return (m * shifted(u, shift)).float()
 
 
-def place(name: str, F: int, count: int, at: Sequence[int] = ()) -> list[Slot]:
-    """Where conditions go on F latent frames: `count` latents to the ends of the video, or each image `at` its own."""
+def place(name: str, F: int, images: int | None, videos: int | None, at: Sequence[int], count: int) -> list[Slot]:
+    """Where conditions go on F latent frames: `count` latents of clips, or each image; the rest as in `plan`."""
     task = TASKS[name]
+    for what, number, needed in (("images", images, task.images), ("videos", videos, task.videos)):
+        if None not in (number, needed) and number != needed and (name, what, number) != ("stream", "videos", 1):
+            raise ValueError(f"got {number} {what} for {name}, expected {needed}: it is given {task.given}")
+    if at and task.images is not None:
+        raise ValueError(f"got positions for {name}, expected none: {name} has nothing to put them on")
+    if task.images is None and (not at or images not in (None, len(at))):
+        raise ValueError(f"got {len(at)} positions, expected one for each image, as in --at 0,4,8 for three images")
+    if name == "restyle":
+        count = F
+    elif count < 2 or not (task.videos or videos):
+        count = 0 if name == "stream" and not videos else sum(task.latents)
     start = count * task.latents[0] // max(1, sum(task.latents))
     runs = [("image", i, position, 1) for i, position in enumerate(at)]
     runs += [(*task.start, 0, start)] if start else []
@@ -137,19 +148,15 @@ def plan(
     stagger: how far the last frame of `stream` lags behind the first, from 0 (all at once) to 1 (one by one). A frame
         takes 1 - d_max of the run: to give each K steps, make the run K / (1 - d_max) steps long.
     """
-    _check_given(name, images, videos, at, noise)
+    if name not in TASKS:
+        raise ValueError(f"got task {name!r}, expected one of {', '.join(TASKS)}")
+    if noise and not TASKS[name].noise:
+        raise ValueError(f"got noise for {name}, expected none: {name} has nothing to put them on")
     if not 0 <= stagger <= 1:
         raise ValueError(f"got stagger {stagger}, expected a number in [0, 1]: 0 is all at once, 1 is one by one")
-    task, count = TASKS[name], sum(TASKS[name].latents)
-    if name == "restyle":
-        count, noise = F, (strength,)
-    elif name == "stream" and not videos:
-        count = 0
-    elif (task.videos or videos) and noise is not None and len(noise) > 1:
-        count = len(noise)
-    slots = place(name, F, count, at)
+    slots = place(name, F, images, videos, at, len(noise or ()))
     given = [position for slot in slots for position in slot.positions]
-    noise = task.noise if noise is None else noise
+    noise = (strength,) if name == "restyle" else TASKS[name].noise if noise is None else noise
     if len(noise) not in (1, len(given)) and (noise or given):
         raise ValueError(f"got {len(noise)} noise values for {len(given)} condition latents, expected 1 or as many")
     m, d = torch.ones(F), torch.zeros(F)
@@ -159,27 +166,12 @@ def plan(
     return Plan(m, d, slots)
 
 
-def _check_given(name: str, images: int | None, videos: int | None, at: Sequence[int], noise: Sequence[float] | None):
-    if name not in TASKS:
-        raise ValueError(f"got task {name!r}, expected one of {', '.join(TASKS)}")
-    task = TASKS[name]
-    for what, count, needed in (("images", images, task.images), ("videos", videos, task.videos)):
-        if None not in (count, needed) and count != needed and (name, what, count) != ("stream", "videos", 1):
-            raise ValueError(f"got {count} {what} for {name}, expected {needed}: it is given {task.given}")
-    for what, asked, taken in (("noise", noise, task.noise), ("positions", at, task.images is None)):
-        if asked and not taken:
-            raise ValueError(f"got {what} for {name}, expected none: {name} has nothing to put them on")
-    if task.images is None and (not at or images not in (None, len(at))):
-        raise ValueError(f"got {len(at)} positions, expected one for each image, as in --at 0,4,8 for three images")
-
-
 def cut(slot: Slot, pixels: Tensor) -> Tensor:
     """The pixel frames to encode for a slot, from its image or video: (B,3,n,8H,8W) → (B,3,slot.frames,8H,8W).
 
-    Only frames that the user has are used. The first latent of an encoding is one pixel frame alone, each later one is
-    a group of 4 that has seen the frames before it. So what fills k latents from the start of the video is 4(k-1)+1
-    frames; what fills k latents further on is 4k+1, whose lone first frame gives the others their past and is dropped:
-    the frame to which the generated part leads up. An image further on is 5 still frames, for the same reason.
+    The first latent of an encoding is one pixel frame alone, each later one a group of 4 that has seen those before it.
+    So k latents at the start of the video take 4(k-1)+1 frames; k latents further on take 4k+1, of which the first only
+    gives the others their past and is dropped. An image further on is 5 still frames, for the same reason.
     """
     if slot.source == "image":
         return pixels[:, :, :1].expand(-1, -1, slot.frames, -1, -1)
@@ -209,12 +201,6 @@ def latent_index(position: int, N: int) -> int:
     return (position + 3) // 4
 
 
-def table(taus: Tensor) -> str:
-    """τ (K+1,F) as text, steps down and frames across; a frame that is exactly clean shows a bare 0."""
-    rows = [f"{k:>4} |" + "".join(f"{t:5.2f}" if t else "    0" for t in row) for k, row in enumerate(taus.tolist())]
-    return "\n".join(["step |" + "".join(f"{i:>5}" for i in range(taus.shape[1])), *rows])
-
-
 @dataclass(frozen=True)
 class Config:
     """What `python tasks.py` shows."""
@@ -234,7 +220,7 @@ def main() -> None:
         taus = tau_schedule(m, config.steps, config.shift, d)
         marks = [(slot.source, slot.positions) for slot in given]
         plots.tau_table(Path(config.out) / f"{name}.png", taus, marks, f"{name}: {task.given}")
-        print(f"{name}: {task.given}\n\n{table(taus)}\n")
+        print(f"{name}: {task.given}\n\n{plots.table(taus)}\n")
     print(f"pictures: {config.out}")
 
 

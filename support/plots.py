@@ -1,4 +1,4 @@
-"""Plots: tables of noise levels."""
+"""Tables of noise levels, as text and as pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,3 +65,9 @@ def _colour(tau: float) -> tuple[int, ...]:
     cream, coral, indigo = (255, 244, 222), (232, 106, 92), (44, 30, 84)
     low, high, share = (cream, coral, 2 * tau) if tau < 0.5 else (coral, indigo, 2 * tau - 1)
     return tuple(round(a + (b - a) * share) for a, b in zip(low, high, strict=True))
+
+
+def table(taus: Tensor) -> str:
+    """τ (K+1,F) as text, steps down and frames across; a frame that is exactly clean shows a bare 0."""
+    rows = [f"{k:>4} |" + "".join(f"{t:5.2f}" if t else "    0" for t in row) for k, row in enumerate(taus.tolist())]
+    return "\n".join(["step |" + "".join(f"{i:>5}" for i in range(taus.shape[1])), *rows])

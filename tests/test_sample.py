@@ -21,7 +21,7 @@ import tasks
 import train
 from model import Wan
 from sample import SampleConfig
-from support import cost, dataset, media
+from support import cost, dataset, media, plots
 from toy import world
 from wan import checkpoint, text
 from wan.text import UMT5Encoder
@@ -175,7 +175,7 @@ def test_dry_run_prints_the_tau_table_and_writes_nothing(run, made):
     result = run("--task", "extend", "--dry-run", "--noise", "0,0.3,0.4,0.5")
     assert result.status == 0, result.err
     plan = tasks.plan("extend", 7, noise=(0, 0.3, 0.4, 0.5))
-    assert tasks.table(tasks.tau_schedule(plan.m, 3, 3.0, plan.d)) in result.out
+    assert plots.table(tasks.tau_schedule(plan.m, 3, 3.0, plan.d)) in result.out
     assert "GiB" in result.out and "time: about" in result.out and "6 passes" in result.out
     assert made() == []
 

@@ -137,11 +137,11 @@ def test_frames_and_latents():
 
 
 def test_table_is_aligned_and_shows_clean_frames():
-    text = tasks.table(tau_schedule([0, 1.0, 0.3], 10, 5.0))
+    text = plots.table(tau_schedule([0, 1.0, 0.3], 10, 5.0))
     lines = text.splitlines()
     assert len(lines) == 12 and len({len(line) for line in lines}) == 1 and text.isascii()
     assert lines[1].split() == ["0", "|", "0", "1.00", "0.30"] and lines[-1].split() == ["10", "|", "0", "0", "0"]
-    assert len(tasks.table(torch.ones(11, 21)).splitlines()[0]) < 120
+    assert len(plots.table(torch.ones(11, 21)).splitlines()[0]) < 120
 
 
 @pytest.mark.parametrize("F, K", [(1, 1), (9, 10), (21, 50), (61, 4)])
