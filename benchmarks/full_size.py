@@ -83,7 +83,7 @@ def write_model(folder: Path) -> None:
 def measured(label: str, stage: Callable, rows: list[str]) -> Callable:
     """The same function, which adds a row with its time and the peak memory meanwhile to `rows` when it is called."""
 
-    def call(*arguments, **named):
+    def call(*arguments: object, **named: object) -> object:
         _reset_peak()
         start = time.monotonic()
         result = stage(*arguments, **named)

@@ -3,18 +3,21 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from support import cli
 
+Config = TypeVar("Config")  # a dataclass of settings
 
-def write(path: Path, config) -> None:
-    """Write the settings of a run, a dataclass, and the version of torch that it ran on."""
+
+def write(path: Path, config: Config) -> None:
+    """Write the settings of a run, and the version of torch that it ran on."""
     cli.write_json(path, {"settings": dataclasses.asdict(config), "torch": torch.__version__})
 
 
-def read(path: Path, config_class: type):
+def read(path: Path, config_class: type[Config]) -> Config:
     """The settings that `write` wrote. ValueError if the file is none of them, or lacks one."""
     try:
         entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
@@ -45,7 +48,7 @@ def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str
     return files
 
 
-def check_clips(folder: Path, config, may_change: set[str]) -> None:
+def check_clips(folder: Path, config: Config, may_change: set[str]) -> None:
     """Raise ValueError if a folder of clips holds anything else than a run with these settings began.
 
     may_change: the settings that need not be those in its `settings.json`.

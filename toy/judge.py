@@ -5,13 +5,13 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sample
 import tasks
@@ -28,9 +28,11 @@ def base_and_pusa(model: str, scenes: list[world.Scene]) -> tuple[sample.Experts
 
 
 @torch.no_grad()
-def generate(experts: sample.Experts, scenes: list[world.Scene], truth: Tensor, name: str, seed: int = 0) -> Tensor:
+def generate(
+    experts: sample.Experts, vae: nn.Module, scenes: list[world.Scene], truth: Tensor, name: str, seed: int = 0
+) -> Tensor:
     """Videos (B, 3, N, 64, 64) by a task, which is given what it needs of the true clips (B, 3, N, 64, 64)."""
-    config, vae, F = experts.config, experts.opened.vae(), tasks.latent_frames(truth.shape[2])
+    config, F = experts.config, tasks.latent_frames(truth.shape[2])
     plan = tasks.plan(name, F, noise=(0.0,) if tasks.TASKS[name].noise else None)
     taus = tasks.tau_schedule(plan.m, config.steps, config.shift, plan.d)
     x1 = torch.randn(len(truth), 16, F, world.SIDE // 8, world.SIDE // 8, generator=torch.Generator().manual_seed(seed))
@@ -96,8 +98,8 @@ def unseen_scenes(samples: int) -> list[world.Scene]:
 def evaluate(base: sample.Experts, pusa: sample.Experts, scenes: list[world.Scene]) -> str:
     """The table of how good a model is, as Markdown; with the LoRA and without it, on the same scenes."""
     truth, progress = torch.stack([world.render(scene) for scene in scenes]), cli.Progress(11, "evaluating")
-    columns = [figures(experts, scenes, truth, progress) for experts in (base, pusa)]
     vae = base.opened.vae()
+    columns = [figures(experts, vae, scenes, truth, progress) for experts in (base, pusa)]
     with torch.no_grad():
         reconstruction = statistics.mean(psnr(vae.decode(vae.encode(clip[None]))[0], clip) for clip in truth)
     progress.step()
@@ -108,16 +110,18 @@ def evaluate(base: sample.Experts, pusa: sample.Experts, scenes: list[world.Scen
     return "\n".join(rows)
 
 
-def figures(experts: sample.Experts, scenes: list[world.Scene], truth: Tensor, progress: cli.Progress) -> list[tuple]:
+def figures(
+    experts: sample.Experts, vae: nn.Module, scenes: list[world.Scene], truth: Tensor, progress: cli.Progress
+) -> list[tuple[str, str, str]]:
     """What is judged, its target, and what the model reaches."""
     videos = {}
     for name in ("t2v", "i2v", "extend", "start-end", "complete"):
         pieces = [slice(i, i + 16) for i in range(0, len(scenes), 16)]
-        made = [generate(experts, scenes[piece], truth[piece], name, seed=piece.start) for piece in pieces]
+        made = [generate(experts, vae, scenes[piece], truth[piece], name, seed=piece.start) for piece in pieces]
         videos[name] = torch.cat(made)
         progress.step()
 
-    def share(name: str, passes) -> str:
+    def share(name: str, passes: Callable[[world.Scene, Tensor], bool]) -> str:
         return f"{100 * sum(map(passes, scenes, videos[name])) / len(scenes):.0f} %"
 
     def kept(name: str, *ends: int) -> str:
