@@ -16,12 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (z (B,C,F,H,W), tau (B,F)) → v, shaped like z
+OnStep = Callable[[int, Tensor], None] | None  # (k, z) after step k = 0..K-1
+
 
 def interpolate(x0: Tensor, x1: Tensor, tau: Tensor) -> Tensor:
-    """The point X_τ of each frame's path from data to noise.
-
-    x0, x1 (B,C,F,H,W); tau (B,F) or (1,F) in [0,1], fp32 → (B,C,F,H,W), fp32.
-    """
+    """The point X_τ of each frame's path: x0, x1 (B,C,F,H,W); tau (B,F) or (1,F) in [0,1], fp32 → (B,C,F,H,W), fp32."""
     tau = _per_frame(tau, x0)
     return (1 - tau) * x0 + tau * x1
 
@@ -33,30 +33,17 @@ def shifted(u: Tensor | float, shift: float) -> Tensor | float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def sample_tau(
-    B: int,
-    F: int,
-    p_async: float = 1.0,
-    shift: float = 1.0,
-    generator: Generator | None = None,
-    within: tuple[float, float] = (0.0, 1.0),
-) -> Tensor:
-    """PTSS, the paper's probabilistic timestep sampling: → tau (B,F) in [0,1), fp32.
+def sample_tau(B: int, F: int, p_async: float = 1.0, shift: float = 1.0, generator: Generator | None = None) -> Tensor:
+    """PTSS, the paper's probabilistic timestep sampling: → tau (B,F) in [0,1), fp32, where the generator lives.
 
     Each sample of the batch decides alone: with probability p_async every frame draws its own level, else one level
     serves all. p_async = 1 is how Pusa is trained, 0 is ordinary text-to-video training. Draws are then `shifted`.
-    They are made where the generator lives.
-    within: the lowest and the highest level; draws are uniform over the part of [0,1] that is shifted to between them.
     """
     if not 0 <= p_async <= 1:
         raise ValueError(f"got p_async {p_async}, expected a probability in [0, 1]")
-    if not 0 <= within[0] < within[1] <= 1:
-        raise ValueError(f"got noise levels within {within}, expected two that rise, in [0, 1]")
     device = generator.device if generator else None
     own, shared, coin = (torch.rand(B, n, generator=generator, device=device) for n in (F, 1, 1))
-    low, high = (1 - shifted(1 - level, shift) for level in within)  # what is shifted to these two levels
-    u = low + (high - low) * torch.where(coin < p_async, own, shared)
-    return shifted(u, shift).clamp(*within)
+    return shifted(torch.where(coin < p_async, own, shared), shift)
 
 
 def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: str = "none") -> Tensor:
@@ -76,10 +63,8 @@ def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: 
 def bell(tau: Tensor) -> Tensor:
     """The weight of a noise level: 0 at both ends, highest at 1/2, and 1 on average over τ in [0,1]; shaped like tau.
 
-    The published trainer takes exp(-2 (τ - 1/2)²) on its grid of 1000 timesteps, subtracts the least value and scales
-    the mean to 1 (DiffSynth's FlowMatchScheduler). This is the same curve for a continuous τ: the least value is
-    exp(-1/2), the integral of the exponential √(π/2)·erf(√(1/2)). Only the constant differs, as it does with the
-    spacing of a grid.
+    The published trainer's curve (DiffSynth's FlowMatchScheduler), for a continuous τ: exp(-2 (τ - 1/2)²), less its
+    least value exp(-1/2), over the mean of that, whose integral is √(π/2)·erf(√(1/2)).
     """
     least = math.exp(-1 / 2)
     mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(1 / 2)) - least
@@ -96,38 +81,24 @@ def sigma_schedule(K: int, shift: float) -> Tensor:
     return shifted(1 - torch.arange(K + 1, dtype=torch.float64) / K, shift).float()
 
 
-def denoise(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    x0: Tensor,
-    x1: Tensor,
-    taus: Tensor,
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Start on every frame's path at taus[0] and walk to taus[-1]: x0 (B,C,F,H,W) holds the conditions, x1 the noise.
+def denoise(velocity: Velocity, x0: Tensor, x1: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
+    """From conditions and noise to data: start on every frame's path at taus[0], and walk to taus[-1] by `euler`.
 
-    Free frames have τ = 1 at first and are pure x1; a condition with m > 0 is mixed with the x1 of its own place.
+    x0 (B,C,F,H,W) holds the conditions, x1 (B,C,F,H,W) the noise. Free frames start as pure x1, where τ = 1; a
+    condition with m > 0 is mixed with the x1 of its own place.
     """
     return euler(velocity, interpolate(x0, x1, taus[:1].to(x1.device)), taus, on_step)
 
 
-def euler(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    z: Tensor,
-    taus: Tensor,
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Walk from the levels taus[0] to taus[-1], every frame by its own steps.
-
-    velocity(z, tau (B,F)) → v, shaped like z; z (B,C,F,H,W), best in fp32; taus (K+1,F) → z at taus[-1].
-    on_step(k, z) is called after step k = 0..K-1.
-    """
+def euler(velocity: Velocity, z: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
+    """Walk from z (B,C,F,H,W), best in fp32, at the levels taus[0] of taus (K+1,F), to taus[-1]."""
     if taus.dim() != 2 or taus.shape[1] != z.shape[2]:
         raise ValueError(f"got taus {tuple(taus.shape)} for {z.shape[2]} latent frames, expected (K+1, {z.shape[2]})")
     taus = taus.to(z.device)
     for k in range(len(taus) - 1):
         v = velocity(z, taus[k].expand(len(z), -1))
         delta = _per_frame(taus[k + 1 : k + 2] - taus[k : k + 1], z)
-        # A frame whose level stands still (a clean condition, a frame that waits or is done) is kept to the bit: adding
+        # A frame whose level stands still (a clean condition, a frame that waits or is done) keeps every bit: adding
         # 0·v would turn -0.0 into 0.0 and let a NaN of the network through.
         z = torch.where(delta == 0, z, z + delta * v)
         if on_step is not None:

@@ -1,11 +1,11 @@
 """Sample: make a video by a task of `tasks.py`, on the embedded model or on any Wan text-to-video model.
 
 The task says which latent frames are given and how noisy they stay; the text encoder turns the prompt into embeddings;
-`flow.euler` walks the table of noise levels; the VAE turns latents into pixels. Longer videos than the model's are made
-window by window, each conditioned on the edge of the one before.
+`flow.denoise` walks the table of noise levels; the VAE turns latents into pixels. A video that is longer than the
+model's is made window by window, each conditioned on the edge of the one before.
 
-The VAE, which is small, is there from beginning to end. Of the large parts each is loaded when it is its turn and gone
-when the next one comes: text encoder, transformer, of two experts one after the other. `--offload` is for a transformer
+The VAE, which is small, stays in memory. The large parts come one after another, each gone before the next is loaded:
+the text encoder, the transformer, and where there are two experts, the second one. `--offload` is for a transformer
 that is larger than the GPU's memory.
 
     python sample.py --task extend
@@ -19,16 +19,14 @@ Beside the video are a filmstrip of what was given and what was generated, and a
 """
 
 import dataclasses
-import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,9 +35,9 @@ import flow
 import lora
 import tasks
 from model import Wan
-from support import cache, cli, cost, dataset, media, plots
+from support import cli, cost, dataset, media, plots, records
 from support.offload import offload
-from wan import checkpoint, text
+from wan import checkpoint
 from wan.vae import WanVAE
 
 EXAMPLES = Path("clips")
@@ -99,106 +97,106 @@ class SampleConfig:
     from_json: str | None = cli.option(None, "repeat the run of this file; only --out, --overwrite and --dry-run count")
 
 
-def resolve(config: SampleConfig) -> SampleConfig:
-    """Put a value in place of everything that was left to the model, the clip or the machine.
+# What to make: every setting, and the plan of each window.
 
-    What comes out makes the same video wherever the files that it names are the same.
-    """
+
+def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
+    """Open the model of a run and settle every setting: what comes out makes the same video from the same files."""
     if config.from_json:
-        kept = {name: getattr(config, name) for name in ("out", "overwrite", "dry_run")}
-        config = dataclasses.replace(_recorded(Path(config.from_json)), **kept)
+        own = {name: getattr(config, name) for name in ("out", "overwrite", "dry_run")}
+        config = dataclasses.replace(records.read(Path(config.from_json), SampleConfig), **own)
         cli.pick_device(config.device)
-        return config
-    preset, task = checkpoint.load_preset(config.model), tasks.TASKS[config.task]
-    preset = dataclasses.replace(preset, **DISTILLED.get(config.preset, {}))
+        return config, checkpoint.open(config.model, Wan)
+    opened = checkpoint.open(config.model, Wan)
+    return resolve(config, opened), opened
 
-    def chosen(given, default):
-        return default if given is None else given
 
-    fps = chosen(config.fps, preset.fps)
-    if not 0 < fps < math.inf:
-        raise ValueError(f"got --fps {fps}, expected a number above 0, such as 16")
-    frames = chosen(config.frames, preset.frames)
-    if config.seconds is not None:
-        if config.frames is not None or not 0 < config.seconds < math.inf:
-            raise ValueError("got --seconds that are not above 0, or --frames as well; expected one of the two")
-        frames = 4 * round(config.seconds * fps / 4) + 1
-
-    image, video, at, prompt = config.image, config.video, config.at, config.prompt
-    if config.prompts is not None and (config.task != "t2v" or prompt is not None or config.overwrite or config.plot):
-        raise ValueError(
-            "got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected none of them; "
-            "to make clips anew, choose another --out"
-        )
-    if not image and not video and (task.images != 0 or task.videos):
-        image, video, places = _example(config.task, frames)
-        at = places if at is None else at
-        prompt = _caption(EXAMPLES / "00000.mp4") if prompt is None else prompt
-    if prompt is None and config.prompts is None:
-        source = (video or (EXAMPLES / "00000.mp4",))[0]
-        prompt = _caption(Path(source)) if video or config.task in ("t2v", "stream") else ""
-    if config.lora and config.no_lora:
-        raise ValueError("got --lora and --no-lora, expected one of the two")
-    own = checkpoint.find_model(config.model, parts=()) / "lora.safetensors"
-    alone = config.no_lora or config.prompts is not None or not own.exists()
-    loras = chosen(config.lora, () if alone else (own.as_posix(),))
-    loras = tuple(f"{entry}:{preset.strength:g}" if _parse_lora(entry)[2] is None else entry for entry in loras)
-    boundary, guidance, guidance_2 = config.boundary, chosen(config.guidance, preset.guidance), config.guidance_2
-    if checkpoint.has_two_experts(config.model):
-        boundary = chosen(boundary, preset.boundary)
-        own_2 = preset.guidance_2 if config.guidance is None else None  # --guidance alone is for both
-        guidance_2 = chosen(guidance_2, chosen(own_2, guidance))
-    elif boundary is not None or guidance_2 is not None or any(_parse_lora(entry)[0] for entry in loras):
+def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
+    """Put a value in place of everything that was left to the model, the clip or the machine."""
+    _refuse_together(config)
+    preset = dataclasses.replace(opened.preset, **DISTILLED.get(config.preset, {}))
+    device = cli.pick_device(config.device)
+    config = dataclasses.replace(
+        config,
+        **_defaults(config, preset, opened.two_experts),
+        lora=_loras(config, opened.folder / "lora.safetensors", preset.strength),
+        device=device,
+        dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
+    )
+    second = config.boundary is not None or config.guidance_2 is not None
+    if not opened.two_experts and (second or any(_parse_lora(entry)[0] for entry in config.lora)):
         raise ValueError(
             f"got --boundary, --guidance-2, or a LoRA for high or low noise, but {config.model} has one transformer, "
             "not two experts; leave these out"
         )
-    noise = config.noise
-    if noise is None and preset.noise is not None and task.noise:
-        noise = f"{preset.noise:g}"
-    device = cli.pick_device(config.device)
-    return dataclasses.replace(
-        config,
-        prompt=prompt, negative_prompt=chosen(config.negative_prompt, preset.negative_prompt),
-        image=tuple(image or ()), video=tuple(video or ()), at=at, noise=noise, lora=loras,
-        frames=frames, seconds=None, fps=fps, size=chosen(config.size, f"{preset.size[0]}x{preset.size[1]}"),
-        steps=chosen(config.steps, preset.steps), guidance=guidance, guidance_2=guidance_2, boundary=boundary,
-        shift=chosen(config.shift, preset.shift), device=device,
-        dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
-    )  # fmt: skip
+    if not 0 < config.fps < math.inf:
+        raise ValueError(f"got --fps {config.fps}, expected a number above 0, such as 16")
+    if config.seconds is not None:
+        config = dataclasses.replace(config, frames=4 * round(config.seconds * config.fps / 4) + 1, seconds=None)
+    return _with_inputs(config)
 
 
-def _record(config: SampleConfig, path: Path) -> None:
-    record = {"settings": dataclasses.asdict(config), "torch": torch.__version__}
-    cli.write_json(path, record)
+def _refuse_together(config: SampleConfig) -> None:
+    alone = config.task == "t2v" and config.prompt is None and not config.overwrite and not config.plot
+    if config.prompts is not None and not alone:
+        raise ValueError(
+            "got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected none of them; "
+            "to make clips anew, choose another --out"
+        )
+    if config.seconds is not None and (config.frames is not None or not 0 < config.seconds < math.inf):
+        raise ValueError("got --seconds that are not above 0, or --frames as well; expected one of the two")
+    if config.lora and config.no_lora:
+        raise ValueError("got --lora and --no-lora, expected one of the two")
 
 
-def _recorded(path: Path) -> SampleConfig:
+def _defaults(config: SampleConfig, preset: checkpoint.Preset, two_experts: bool) -> dict:
+    """The preset's value of every setting that is None, written as the flag has it."""
+    values = dataclasses.asdict(preset) | {"size": "{}x{}".format(*preset.size), "noise": None}
+    if preset.noise is not None and tasks.TASKS[config.task].noise:
+        values["noise"] = f"{preset.noise:g}"
+    if not two_experts:
+        values |= {"boundary": None, "guidance_2": None}
+    elif config.guidance is not None or preset.guidance_2 is None:  # --guidance alone is for both
+        values["guidance_2"] = preset.guidance if config.guidance is None else config.guidance
+    return {name: value for name, value in values.items() if getattr(config, name) is None}
+
+
+def _loras(config: SampleConfig, own: Path, strength: float) -> tuple[str, ...]:
+    """Every LoRA with its strength; by default the model folder's own, which is for finished videos."""
+    loras = config.lora
+    if loras is None:
+        alone = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not own.exists()
+        loras = () if alone else (own.as_posix(),)
+    return tuple(f"{entry}:{strength:g}" if _parse_lora(entry)[2] is None else entry for entry in loras)
+
+
+def _parse_lora(entry: str) -> tuple[str, str, float | None]:
+    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH]; the colon of `C:` is of the path."""
+    expert, mark, rest = entry.partition("=")
+    if not mark or expert not in ("high", "low"):
+        expert, rest = "", entry
+    path, colon, number = rest.rpartition(":")
     try:
-        entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
-        config = SampleConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
-        missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no record of a run, expected a JSON file that sample.py wrote: {error}") from None
-    return config
+        return (expert, path, float(number)) if colon else (expert, rest, None)
+    except ValueError:
+        return expert, rest, None
 
 
-def _example(task: str, frames: int) -> tuple[tuple[str, ...], tuple[str, ...], str | None]:
-    """Images, videos and positions for a task that was given none, from the clips that come with the project."""
+def _with_inputs(config: SampleConfig) -> SampleConfig:
+    """Images, videos, positions and prompt, where none are given those of the clips that come with the project."""
+    task, image, video, at, prompt = config.task, config.image or (), config.video or (), config.at, config.prompt
+    needed = tasks.TASKS[task]
     one, other = (str(EXAMPLES / name) for name in ("00000.mp4", "00001.mp4"))
-    first, middle, last = (f"{one}@{n}" for n in (0, 16, 32))
-    if task == "keyframes":
-        F = tasks.latent_frames(frames)
-        return (first, middle, last), (), f"0,{F // 2},{F - 1}"
-    images = {0: (), 1: (first,), 2: (first, last)}[tasks.TASKS[task].images]
-    return images, (one, other)[: tasks.TASKS[task].videos], None
-
-
-def _caption(clip: Path) -> str:
-    beside = clip.with_suffix(".txt")
-    return " ".join(dataset.read_text(beside).split()) if beside.exists() else ""
+    source = video[0] if video else one if task in ("t2v", "stream") else None
+    if not image and not video and (needed.images != 0 or needed.videos):
+        F, first, middle, last = tasks.latent_frames(config.frames), *(f"{one}@{n}" for n in (0, 16, 32))
+        image = {0: (), 1: (first,), 2: (first, last), None: (first, middle, last)}[needed.images]
+        video, source = (one, other)[: needed.videos], one
+        at = f"0,{F // 2},{F - 1}" if task == "keyframes" and at is None else at
+    if prompt is None and config.prompts is None:
+        caption = Path(source).with_suffix(".txt") if source else None
+        prompt = " ".join(dataset.read_text(caption).split()) if caption and caption.exists() else ""
+    return dataclasses.replace(config, image=tuple(image), video=tuple(video), at=at, prompt=prompt)
 
 
 @dataclass
@@ -212,35 +210,32 @@ class Job:
     backwards: bool  # windows go towards the past
 
 
-def lay_out(config: SampleConfig) -> Job:
-    """The plan of every window of a resolved config. Raises ValueError for whatever does not fit together."""
-    preset = checkpoint.load_preset(config.model)
-    F = tasks.latent_frames(config.frames)
-    noise, at = _numbers("noise", config.noise, float), _numbers("at", config.at, int)
-    counts = {"images": len(config.image), "videos": len(config.video)}
-    backwards = config.task == "prepend"
-    window = F
-    if config.task in ("extend", "prepend", "stream"):
-        window = min(F, tasks.latent_frames(preset.frames))
-    # Of two experts each knows one range of noise levels, so frames cannot lag behind each other across the boundary.
-    stagger = 0.5 if config.boundary is None else 0.0
-    first = tasks.plan(config.task, window, **counts, at=at, noise=noise, strength=config.strength, stagger=stagger)
-    # A window goes on from as many latents as the first was given, as noisy as those; `stream` may have had none.
-    given = [position for slot in first.given for position in slot.positions]
-    carried, carried_noise = (len(given), first.m[given].tolist()) if given else (4, (0.0,))
-    plans, made = [first], window
-    while made < F:
-        ends = (0, carried) if backwards else (carried, 0)
-        plans.append(tasks.plan(config.task, window, clip_latents=ends, noise=carried_noise, stagger=stagger))
-        fresh = window - carried - backwards
-        if fresh < 1:
-            raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
-        made += fresh
+def lay_out(config: SampleConfig, longest: int) -> Job:
+    """The plan of every window, of at most `longest` pixel frames. Raises ValueError for what does not fit together."""
     for guidance in (config.guidance, config.guidance_2):
         if guidance is not None and not 0 <= guidance < math.inf:
             raise ValueError(f"got guidance {guidance}, expected 0 or more; 1 is without guidance")
     if config.boundary is not None and not 0 <= config.boundary <= 1:
         raise ValueError(f"got --boundary {config.boundary}, expected a noise level in [0, 1], such as 0.875")
+    F = window = tasks.latent_frames(config.frames)
+    if config.task in ("extend", "prepend", "stream"):
+        window = min(F, tasks.latent_frames(longest))
+    # Each of two experts knows one range of noise levels, so frames cannot lag behind each other across the boundary.
+    stagger = 0.5 if config.boundary is None else 0.0
+    first = tasks.plan(
+        config.task, window, len(config.image), len(config.video), _numbers("at", config.at, int) or (),
+        _numbers("noise", config.noise, float), config.strength, stagger,
+    )  # fmt: skip
+    # A window goes on from as many latents as the first was given, as noisy as those; `stream` may have had none.
+    given = [position for slot in first.given for position in slot.positions]
+    carried, noise = (len(given), first.m[given].tolist()) if given else (4, [0.0])
+    plans, backwards = [first], config.task == "prepend"
+    if window < F:
+        following = tasks.plan(config.task, window, videos=1, noise=noise, stagger=stagger)
+        fresh = window - carried - backwards
+        if fresh < 1:
+            raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
+        plans += [following] * math.ceil((F - window) / fresh)
     taus = []
     for plan in plans:
         # A frame takes 1 - d_max of the run. What is above a whole number by rounding alone is not rounded up.
@@ -250,56 +245,10 @@ def lay_out(config: SampleConfig) -> Job:
 
 
 def _numbers(flag: str, text: str | None, kind: type) -> list | None:
-    if text is None:
-        return [] if kind is int else None
     try:
-        return [kind(part) for part in text.split(",")]
+        return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"got --{flag} {text}, expected numbers with commas, as in 0,4,8") from None
-
-
-def experts(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
-    """Which transformer walks which part of a table (K+1, F), at which guidance: one, or "high" and then "low" noise.
-
-    Of two experts, the low-noise one takes the steps with σ_k < boundary. That σ is the step's own, before multipliers,
-    so all frames change over together, conditions included.
-    """
-    if config.boundary is None:
-        return [("high", config.guidance, taus)]
-    sigma = flow.sigma_schedule(len(taus) - 1, config.shift)
-    high = int((sigma[:-1] >= config.boundary).sum())
-    parts = [("high", config.guidance, taus[: high + 1]), ("low", config.guidance_2, taus[high:])]
-    return [part for part in parts if len(part[2]) > 1]
-
-
-def load_expert(config: SampleConfig, expert: str = "high") -> Wan:
-    """A transformer of a resolved config with its LoRAs merged, ready to run; "high" is also the only one."""
-    named = [_parse_lora(entry) for entry in config.lora]
-    loras = [(lora.load(path), strength) for which, path, strength in named if which in ("", expert)]
-    home = "cpu" if config.offload else config.device
-    transformer = checkpoint.load_transformer(config.model, getattr(torch, config.dtype), home, expert=expert)
-    for change, strength in loras:
-        lora.merge(transformer, change, strength)
-    if config.compile:
-        transformer.compile_blocks()
-    if config.offload:
-        offload(transformer, config.device)
-    return transformer
-
-
-def _parse_lora(entry: str) -> tuple[str, str, float | None]:
-    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH].
-
-    The colon of `C:\\lora.safetensors` is part of the path.
-    """
-    expert, mark, rest = entry.partition("=")
-    if not mark or expert not in ("high", "low"):
-        expert, rest = "", entry
-    path, colon, number = rest.rpartition(":")
-    try:
-        return (expert, path, float(number)) if colon else (expert, rest, None)
-    except ValueError:
-        return expert, rest, None
 
 
 def read_inputs(config: SampleConfig, plan: tasks.Plan) -> dict[str, list[Tensor | None]]:
@@ -322,128 +271,118 @@ def read_inputs(config: SampleConfig, plan: tasks.Plan) -> dict[str, list[Tensor
     return inputs
 
 
-@torch.no_grad()
-def encode_prompts(config: SampleConfig, prompts: Sequence[str]) -> Iterator[Tensor]:
-    """Embeddings (1, T, text_dim) of each prompt, put on the device when it is their turn.
+# The method: noise, conditions, guidance, denoise, window by window.
 
-    Each prompt is encoded once ever: what comes of it is kept in $NANOPUSA_CACHE, or ~/.cache/nanopusa. Only for one
-    that is not there the encoder is loaded, and it is gone when this returns.
+
+class Clip(NamedTuple):
+    """What tells one video of a run from another."""
+
+    prompt: str
+    seed: int
+
+
+class Leg(NamedTuple):
+    """The part of a table of noise levels that one transformer walks."""
+
+    expert: str  # "high" or "low" noise; "high" is also the only one
+    guidance: float
+    taus: Tensor  # (K+1, F)
+
+
+def legs(config: SampleConfig, taus: Tensor) -> list[Leg]:
+    """Which transformer walks which part of a table (K+1, F): the only one, or first "high", then "low".
+
+    The low-noise expert takes the steps with σ_k < boundary. That σ is the step's own, before multipliers, so all
+    frames change over together, conditions included.
     """
-    folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
-    device, dtype = "cpu" if config.offload else config.device, getattr(torch, config.dtype)
-    embeddings = cache.prompts(config.model, prompts, dtype, device, folder)
-    text_len = checkpoint.load_config(config.model).text_len
-    return (text.padded([embedding], text_len).to(config.device) for embedding in embeddings)
+    sigma = flow.sigma_schedule(len(taus) - 1, config.shift)
+    high = int((sigma[:-1] >= (config.boundary or 0)).sum())
+    both = (Leg("high", config.guidance, taus[: high + 1]), Leg("low", config.guidance_2, taus[high:]))
+    return [leg for leg in both if len(leg.taus) > 1]
+
+
+class Experts:
+    """The transformers of a run, one at a time in memory, and the prompts that they know.
+
+    Each prompt is encoded once ever, and stored in $NANOPUSA_CACHE, or ~/.cache/nanopusa. The text encoder is gone when
+    this is made.
+    """
+
+    def __init__(self, config: SampleConfig, opened: checkpoint.Opened, prompts: Sequence[str]):
+        self.config, self.opened, self.dtype = config, opened, getattr(torch, config.dtype)
+        self.home = "cpu" if config.offload else config.device
+        folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
+        self.context = opened.encode_prompts([*prompts, config.negative_prompt], self.dtype, self.home, folder)
+        self.name = self.transformer = self.prompt = self.velocity = None
+
+    def load(self, name: str) -> Wan:
+        """The "high" or "low" transformer with its LoRAs merged; the earlier one is let go before it is loaded."""
+        if name != self.name:
+            self.name = self.transformer = self.velocity = None
+            named = [_parse_lora(entry) for entry in self.config.lora]
+            loras = [(lora.load(path), strength) for which, path, strength in named if which in ("", name)]
+            transformer = self.opened.transformer(self.dtype, self.home, name)
+            for change, strength in loras:
+                lora.merge(transformer, change, strength)
+            if self.config.compile:
+                transformer.compile_blocks()
+            if self.config.offload:
+                offload(transformer, self.config.device)
+            self.name, self.transformer = name, transformer
+        return self.transformer
+
+    def led_by(self, prompt: str, leg: Leg) -> flow.Velocity:
+        """The guided velocity of a leg, whose keys and values stay until another prompt or expert comes."""
+        transformer = self.load(leg.expert)
+        if self.velocity is None or self.prompt != prompt:
+            self.velocity = None
+            contexts = (self.context([text]).to(self.config.device) for text in (prompt, self.config.negative_prompt))
+            self.velocity, self.prompt = guided_velocity(transformer, *contexts, leg.guidance), prompt
+        return self.velocity
+
+    def walk(
+        self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, on_step: flow.OnStep = None
+    ) -> Tensor:
+        """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts, by one expert after the other."""
+        first, *others = legs(self.config, taus)
+        ends = zip(prompts, x0.split(1), x1.split(1), strict=True)
+        z = [flow.denoise(self.led_by(prompt, first), a, b, first.taus, on_step) for prompt, a, b in ends]
+        for leg in others:
+            clips = zip(prompts, z, strict=True)
+            z = [flow.euler(self.led_by(prompt, leg), latents, leg.taus, on_step) for prompt, latents in clips]
+        return torch.cat(z)
 
 
 @torch.no_grad()
 def generate(
-    vae: WanVAE,
     config: SampleConfig,
+    opened: checkpoint.Opened,
     job: Job,
+    vae: WanVAE,
     inputs: dict[str, list[Tensor]],
-    on_step: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """The latents (1, 16, F, H, W), fp32, of a run that `resolve` and `lay_out` have prepared.
+    clips: Sequence[Clip],
+    on_step: flow.OnStep = None,
+) -> Iterator[Tensor]:
+    """The latents (1, 16, F, H, W), fp32, of one clip after another, of a run that `prepare` and `lay_out` settled.
 
-    Text encoder and transformers are loaded here, one at a time, and gone at the end. `on_step(k, z)` is called after
-    each step of every window and expert.
+    Every part is loaded once: the text encoder for all prompts, then the transformer, which stays until the last clip.
+    Two experts take turns at groups of clips. `on_step(k, z)` is called after each step of every clip and expert.
     """
+    experts = Experts(config, opened, [clip.prompt for clip in clips])
     width, height = cli.parse_size(config.size)
-    channels = checkpoint.load_config(config.model).in_dim
-    positive, negative = encode_prompts(config, [config.prompt, config.negative_prompt])
-
-    @_kept
-    def velocity(expert: str, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:
-        return guided_velocity(load_expert(config, expert), positive, negative, guidance)
-
-    generator = torch.Generator().manual_seed(config.seed)
-    made = None
-    for plan, taus in zip(job.plans, job.taus, strict=True):
-        shape = (1, channels, len(plan.m), height // 8, width // 8)
-        x1 = torch.randn(shape, generator=generator).to(config.device)
-        if made is None:
-            x0 = conditions(vae, plan, inputs, x1)
-        else:
-            x0 = torch.zeros_like(x1)
-            x0[:, :, list(plan.given[0].positions)] = edge(vae, made, job, len(plan.m))
-        z = flow.interpolate(x0, x1, taus[:1].to(config.device))
-        for expert, guidance, part in experts(config, taus):
-            z = flow.euler(velocity(expert, guidance), z, part, on_step)
-        if made is None:
-            made = z
-        elif job.backwards:
-            made = torch.cat([z[:, :, : -job.carried], made[:, :, 1:]], dim=2)
-        else:
-            made = torch.cat([made, z[:, :, job.carried :]], dim=2)
-    # Whole windows may overshoot. Towards the past the surplus is at the start, whose latent must stay a lone frame.
-    if job.backwards and made.shape[2] > job.F:
-        made = torch.cat([made[:, :, :1], made[:, :, made.shape[2] - job.F + 1 :]], dim=2)
-    return made[:, :, : job.F]
+    shape = (1, opened.config.in_dim, len(job.plans[0].m), height // 8, width // 8)
+    turn = 1 if config.boundary is None else TURN
+    for group in (clips[i : i + turn] for i in range(0, len(clips), turn)):
+        generators = [torch.Generator().manual_seed(clip.seed) for clip in group]
+        made = None
+        for plan, taus in zip(job.plans, job.taus, strict=True):
+            x1 = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(config.device)
+            x0 = conditions(vae, plan, inputs, x1) if made is None else carried_over(vae, made, job, x1)
+            z = experts.walk([clip.prompt for clip in group], x0, x1, taus, on_step)
+            made = z if made is None else joined(made, z, job)
+        yield from made.split(1)
 
 
-@torch.no_grad()
-def generate_each(
-    config: SampleConfig, taus: Tensor, prompts: dict[int, str], on_step: Callable[[int, Tensor], None] | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """For each numbered prompt, its number and the latents (1, 16, F, H, W) of a clip of its own seed, one at a time.
-
-    They are those that `generate` makes, but every part is loaded once: the text encoder for all prompts, then the
-    transformer, which stays. Two experts take turns at groups of clips, whose latents wait meanwhile.
-    """
-    width, height = cli.parse_size(config.size)
-    shape = (1, checkpoint.load_config(config.model).in_dim, taus.shape[1], height // 8, width // 8)
-    parts = experts(config, taus)
-    contexts = encode_prompts(config, [config.negative_prompt, *prompts.values()])
-    negative, clips = next(contexts), zip(prompts, contexts, strict=True)
-    transformer = _kept(partial(load_expert, config))
-    while group := dict(islice(clips, 1 if len(parts) == 1 else TURN)):
-        generators = [torch.Generator().manual_seed(clip_seed(config.seed, n)) for n in group]
-        zs = {n: torch.randn(shape, generator=g).to(config.device) for n, g in zip(group, generators, strict=True)}
-        for expert, guidance, part in parts:
-            for n, positive in group.items():
-                velocity = guided_velocity(transformer(expert), positive, negative, guidance)
-                zs[n] = flow.euler(velocity, zs[n], part, on_step)
-                del velocity  # it would keep its transformer while the next one is loaded
-        yield from zs.items()
-
-
-def clip_seed(seed: int, number: int) -> int:
-    """The seed of a clip of `--prompts`: with it, `--prompt` makes that clip alone."""
-    return seed * 1_000_003 + number
-
-
-def _kept(make: Callable) -> Callable:
-    """The same function, whose last result is kept for the same arguments, and gone before the next one is made."""
-    last = {}
-
-    def get(*arguments):
-        if arguments not in last:
-            last.clear()
-            last[arguments] = make(*arguments)
-        return last[arguments]
-
-    return get
-
-
-def edge(vae: WanVAE, made: Tensor, job: Job, window: int) -> Tensor:
-    """The latents (1, 16, carried, H, W) that the next window, of `window` latents, takes over from those made so far.
-
-    All that was ever trained on begins with a lone frame, and with latents that know of nothing before it; none in the
-    middle of a video are like that. So the older half of what is taken over is decoded, and encoded again as the start
-    of a clip. The newer half hardly depends on that and stays as it is: if all went through pixels, colours would drift
-    from window to window.
-    """
-    if job.backwards:  # at the end of a window there is no such difference; only the lone frame has no place there
-        return made[:, :, 1 : 1 + job.carried]
-    older = (job.carried + 1) // 2
-    newer = made[:, :, made.shape[2] - job.carried + older :]
-    past = made[:, :, max(0, made.shape[2] - window) : made.shape[2] - newer.shape[2]]
-    pixels = vae.decode(past)[:, :, -tasks.pixel_frames(older) :]
-    return torch.cat([vae.encode(pixels).to(made.dtype), newer], dim=2)
-
-
-@torch.no_grad()
 def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], like: Tensor) -> Tensor:
     """The latents of everything that is given, at their places in zeros shaped `like` (B, 16, F, H, W).
 
@@ -457,10 +396,7 @@ def conditions(vae: WanVAE, plan: tasks.Plan, inputs: dict[str, list[Tensor]], l
     return x0
 
 
-@torch.no_grad()
-def guided_velocity(
-    transformer: Wan, positive: Tensor, negative: Tensor, guidance: float
-) -> Callable[[Tensor, Tensor], Tensor]:
+def guided_velocity(transformer: Wan, positive: Tensor, negative: Tensor, guidance: float) -> flow.Velocity:
     """velocity(z, tau) for B prompts, led away from the negative ones: v = v_neg + guidance · (v_pos - v_neg).
 
     positive, negative: the prompts' embeddings, (B, T, text_dim), whose keys and values are computed here and once.
@@ -471,18 +407,126 @@ def guided_velocity(
 
     def velocity(z: Tensor, tau: Tensor) -> Tensor:
         v = transformer(z, tau, keys)
-        if keys_away is None:
-            return v
-        away = transformer(z, tau, keys_away)
-        return away + guidance * (v - away)
+        away = v if keys_away is None else transformer(z, tau, keys_away)
+        return v if keys_away is None else away + guidance * (v - away)
 
     return velocity
+
+
+def carried_over(vae: WanVAE, made: Tensor, job: Job, like: Tensor) -> Tensor:
+    """The edge of the latents made so far, at the places where a next window shaped `like` (B, 16, F, H, W) has it.
+
+    All that was ever trained on begins with a lone frame, and with latents that know of nothing before it; none in the
+    middle of a video are like that. So the older half of what is taken over is decoded, and encoded again as the start
+    of a clip. The newer half hardly depends on that and stays as it is: if all went through pixels, colours would drift
+    from window to window.
+    """
+    x0 = torch.zeros_like(like)
+    if job.backwards:  # at the end of a window there is no such difference; only the lone frame has no place there
+        x0[:, :, -job.carried :] = made[:, :, 1 : 1 + job.carried]
+        return x0
+    older = (job.carried + 1) // 2
+    newer = made[:, :, made.shape[2] - job.carried + older :]
+    past = made[:, :, max(0, made.shape[2] - like.shape[2]) : made.shape[2] - newer.shape[2]]
+    pixels = vae.decode(past)[:, :, -tasks.pixel_frames(older) :]
+    x0[:, :, : job.carried] = torch.cat([vae.encode(pixels).to(made.dtype), newer], dim=2)
+    return x0
+
+
+def joined(made: Tensor, z: Tensor, job: Job) -> Tensor:
+    """The latents made so far and those of a new window z, without what it took over and what is more than F."""
+    if not job.backwards:
+        return torch.cat([made, z[:, :, job.carried :]], dim=2)[:, :, : job.F]
+    made = torch.cat([z[:, :, : -job.carried], made[:, :, 1:]], dim=2)
+    surplus = max(0, made.shape[2] - job.F)  # at the start, whose latent must stay a lone frame
+    return torch.cat([made[:, :, :1], made[:, :, 1 + surplus :]], dim=2)
 
 
 @torch.no_grad()
 def decode(vae: WanVAE, latents: Tensor) -> Tensor:
     """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W)."""
     return vae.decode(latents)[0].float().cpu()
+
+
+# The command: from files to files.
+
+
+def sample(config: SampleConfig) -> dict[str, Path]:
+    """Run a config from files to files, and return their paths."""
+    config, opened = prepare(config)
+    job = lay_out(config, opened.preset.frames)
+    if config.dry_run:
+        print("\n\n".join(plots.table(taus) for taus in job.taus) + "\n\n" + estimate(config, opened, job))
+        return {}
+    for _, path, _ in map(_parse_lora, config.lora):
+        if not Path(path).is_file():
+            raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
+    return _sample_one(config, opened, job) if config.prompts is None else _sample_each(config, opened, job)
+
+
+def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
+    started, wanted = time.monotonic(), (config.out, config.task, config.plot, config.overwrite)
+    files = records.outputs(*wanted)
+    inputs = read_inputs(config, job.plans[0])
+    for slot in job.plans[0].given:
+        tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
+    opened.fetch()
+    vae = opened.vae(device=config.device)
+    progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
+    steps = len(job.taus[0]) - 1
+    drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see
+    states: dict[int, Tensor] = {}
+
+    def on_step(k: int, z: Tensor) -> None:
+        progress.step()
+        if config.plot and progress.done in drawn:  # of the first window
+            states[progress.done] = z
+
+    (latents,) = generate(config, opened, job, vae, inputs, [Clip(config.prompt, config.seed)], on_step)
+    video, title = decode(vae, latents), f"{config.task}: {config.prompt}"
+    if config.out is None:
+        files = records.outputs(*wanted)  # another run may have taken the number that was free when this one began
+    media.write_video(files["video"], video, config.fps)
+    media.save_image(files["filmstrip"], media.filmstrip([(title, video)], marks=[given_frames(job)]))
+    if config.plot:
+        marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
+        plots.tau_table(files["tau"], job.taus[0], marks, config.task)
+        rows = [(f"after step {k}", decode(vae, z)) for k, z in states.items()]
+        media.save_image(files["denoising"], media.filmstrip(rows, height=48))
+    records.write(files["settings"], dataclasses.replace(config, out=str(files["video"]), overwrite=False))
+    print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
+    print(*files.values(), sep="\n")
+    return files
+
+
+def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
+    """Make the clips of `--prompts` that the folder `--out` lacks."""
+    prompts, out = dataset.read_prompts(config.prompts), Path(config.out or "a.mp4")
+    if out.is_file() or out.suffix in (".mp4", ".gif"):
+        raise ValueError(f"got {config.out} as --out of --prompts, expected a folder for the clips, such as data/mine")
+    records.check_clips(out, config, _MAY_CHANGE)
+    missing = dataset.missing_clips(out, prompts)
+    done, steps = len(prompts) - len(missing), len(job.taus[0]) - 1
+    progress = cli.Progress(len(prompts) * steps, "denoising", done * steps)
+    if missing:
+        opened.fetch()
+        vae = opened.vae(device=config.device)
+        clips = [Clip(prompts[n], clip_seed(config.seed, n)) for n in missing]
+        made = generate(config, opened, job, vae, {}, clips, lambda k, z: progress.step())
+        try:
+            for n, latents in zip(missing, made, strict=True):
+                records.write(out / "settings.json", config)  # only now, as a run that fails before shall leave nothing
+                dataset.write_clip(out, n, decode(vae, latents), config.fps, prompts[n])
+                done += 1
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped at {done} of {len(prompts)} clips; the same command goes on") from None
+    print(out)
+    return {"clips": out}
+
+
+def clip_seed(seed: int, number: int) -> int:
+    """The seed of a clip of `--prompts`: with it, `--prompt` makes that clip alone."""
+    return seed * 1_000_003 + number
 
 
 def given_frames(job: Job) -> list[bool]:
@@ -494,122 +538,18 @@ def given_frames(job: Job) -> list[bool]:
     return [tasks.latent_index(n, N) in given for n in range(N)]
 
 
-def estimate(config: SampleConfig, job: Job) -> str:
+def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
     """Memory and time that a run would take."""
     width, height = cli.parse_size(config.size)
-    walks = [walk for taus in job.taus for walk in experts(config, taus)]
-    passes = sum((len(taus) - 1) * (1 if guidance == 1 else 2) for _, guidance, taus in walks)
+    walks = [leg for taus in job.taus for leg in legs(config, taus)]
+    passes = sum((len(leg.taus) - 1) * (1 if leg.guidance == 1 else 2) for leg in walks)
     passes *= len(dataset.read_prompts(config.prompts)) if config.prompts else 1
-    parts = checkpoint.outline(config.model)
+    parts = opened.outline()
     decoding = parts[1].decoding_bytes(job.F, height, width) + 3 * 4 * tasks.pixel_frames(job.F) * width * height
     return cost.sampling(
         parts, (len(job.plans[0].m), height // 8, width // 8), passes, decoding,
         getattr(torch, config.dtype), config.device, stays=config.prompts is not None or len(job.plans) > 1,
     )  # fmt: skip
-
-
-def outputs(config: SampleConfig) -> dict[str, Path]:
-    """The files of a run. Raises ValueError if one exists and may not be replaced."""
-    if config.out is None:
-        numbers = (n for n in range(1, 10**6) if not list(Path("outputs").glob(f"{config.task}-{n:03d}.*")))
-        video = Path("outputs") / f"{config.task}-{next(numbers):03d}.mp4"
-    else:
-        video = Path(config.out)
-    if video.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"got --out {video}, expected a file that ends in .mp4 or .gif")
-    files = {"video": video, "filmstrip": video.with_suffix(".png"), "settings": video.with_suffix(".json")}
-    if config.plot:
-        files["tau"] = video.with_name(f"{video.stem}-tau.png")
-        files["denoising"] = video.with_name(f"{video.stem}-denoising.png")
-    for path in files.values():
-        if path.exists() and not config.overwrite:
-            raise ValueError(f"{path} exists; add --overwrite to replace it, or choose another --out")
-    return files
-
-
-def sample(config: SampleConfig) -> dict[str, Path]:
-    """Run a config from files to files, and return their paths."""
-    started = time.monotonic()
-    config = resolve(config)
-    job = lay_out(config)
-    if config.dry_run:
-        print("\n\n".join(tasks.table(taus) for taus in job.taus) + "\n\n" + estimate(config, job))
-        return {}
-    for _, path, _ in map(_parse_lora, config.lora):
-        if not Path(path).is_file():
-            raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
-    if config.prompts is not None:
-        return sample_each(config, job)
-    files = outputs(config)
-    inputs = read_inputs(config, job.plans[0])
-    for slot in job.plans[0].given:
-        tasks.cut(slot, inputs[slot.source][slot.index])  # a clip that is too short is told before the model loads
-    vae = checkpoint.load_vae(checkpoint.find_model(config.model), device=config.device)
-    progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
-    steps = len(job.taus[0]) - 1
-    drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see
-    states: dict[int, Tensor] = {}
-
-    def on_step(k: int, z: Tensor) -> None:
-        progress.step()
-        if config.plot and progress.done in drawn:  # of the first window
-            states[progress.done] = z
-
-    latents = generate(vae, config, job, inputs, on_step)
-    video, title = decode(vae, latents), f"{config.task}: {config.prompt}"
-    if config.out is None:
-        files = outputs(config)  # anew: another run may have taken the number that was free when this one began
-    media.write_video(files["video"], video, config.fps)
-    media.save_image(files["filmstrip"], media.filmstrip([(title, video)], marks=[given_frames(job)]))
-    if config.plot:
-        marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
-        plots.tau_table(files["tau"], job.taus[0], marks, config.task)
-        rows = [(f"after step {k}", decode(vae, z)) for k, z in states.items()]
-        media.save_image(files["denoising"], media.filmstrip(rows, height=48))
-    _record(dataclasses.replace(config, out=str(files["video"]), overwrite=False), files["settings"])
-    print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
-    for path in files.values():
-        print(path)
-    return files
-
-
-def sample_each(config: SampleConfig, job: Job) -> dict[str, Path]:
-    """Make the clips of `--prompts` that the folder `--out` lacks, and return the folder."""
-    prompts = dataset.read_prompts(config.prompts)
-    out = _clip_folder(config)
-    missing = dataset.missing_clips(out, prompts)
-    done, steps = len(prompts) - len(missing), len(job.taus[0]) - 1
-    progress = cli.Progress(len(prompts) * steps, "denoising", done * steps)
-    if missing:
-        vae = checkpoint.load_vae(checkpoint.find_model(config.model), device=config.device)
-        wanted = {n: prompts[n] for n in missing}
-        try:
-            for n, latents in generate_each(config, job.taus[0], wanted, lambda k, z: progress.step()):
-                _record(config, out / "settings.json")  # only now, as a run that fails before shall leave nothing
-                dataset.write_clip(out, n, decode(vae, latents), config.fps, prompts[n])
-                done += 1
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped at {done} of {len(prompts)} clips; the same command goes on") from None
-    print(out)
-    return {"clips": out}
-
-
-def _clip_folder(config: SampleConfig) -> Path:
-    """The folder of `--prompts`. Raises ValueError if it holds anything else than a run with these settings began."""
-    out = Path(config.out or "a.mp4")
-    if out.is_file() or out.suffix in (".mp4", ".gif"):
-        raise ValueError(f"got {config.out} as --out of --prompts, expected a folder for the clips, such as data/mine")
-    if (out / "settings.json").is_file():
-        begun = _recorded(out / "settings.json")
-        for name, now in vars(config).items():
-            before = getattr(begun, name)
-            if name not in _MAY_CHANGE and before != now:
-                flag = name.replace("_", "-")
-                raise ValueError(f"got {now} as --{flag}, but the clips in {out} began with {before}; repeat that, or "
-                                 "choose another --out")  # fmt: skip
-    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
-        raise ValueError(f"got --out {out}, which holds other files, expected a new folder or one that --prompts began")
-    return out
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import flow
 import lora
 import tasks
-from model import Wan, WanConfig
+from model import Wan
 from support import cache, cli, cost, dataset, distributed, resume
 from wan import checkpoint, text
 from wan.checkpoint import Opened
@@ -124,7 +124,7 @@ def train(config: TrainConfig) -> Path:
     trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(config, list(models.values()))
     parts = range(config.accumulate * distributed.size())  # of each step's batch
-    window_cost = functools.cache(partial(_window_cost, transformer.config, config))
+    window_cost = functools.cache(partial(_window_cost, _outline(opened, config)))
 
     with run.open(models, optimizers, inputs, facts(config, clips, transformer, trained)) as steps:
         for step in steps:
@@ -311,7 +311,7 @@ def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> D
     learned = set(order[held_out:])
     sizes = [sources[k].size for k in clip_of]  # in pixels; of one size, latents have one shape
     return Dataset(
-        latents=cache.Kept(place for windows in latents for place in windows.places),
+        latents=cache.StoredTensors([place for windows in latents for place in windows.places]),
         prompts=[captions[k] for k in clip_of],
         context=encode_captions(opened, config, captions, encoder),
         # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
@@ -339,8 +339,8 @@ def encode_clips(opened: Opened, config: TrainConfig) -> tuple[Sequence, Sequenc
         with _autocast(config.device, getattr(torch, config.dtype)):
             return vae.encode(window.to(config.device))
 
-    keys = cache.latent_keys(sources, config.frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
-    load = partial(cache.latents, frames=config.frames, fps=fps, encode=encode, folder=config.cache)
+    keys = dataset.latent_keys(sources, config.frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
+    load = partial(dataset.latents, frames=config.frames, fps=fps, encode=encode, folder=config.cache)
     latents, damaged = distributed.each_its_share(load, sources, keys)
     usable = [item for item in zip(sources, keys, latents, strict=True) if item[2] is not None]
     if damaged:
@@ -383,12 +383,12 @@ def rehearse(config: TrainConfig) -> str:
     stored = _stored(config)
     plain, thrifty = (
         cost.memory(
-            opened.config, partial(trainable, config=config), recompute, (each, *shape),
+            Wan, opened.config, partial(trainable, config=config), recompute, (each, *shape),
             stored, getattr(torch, config.dtype), config.gpus,
         )
         for recompute in (None, recompute_blocks)
     )  # fmt: skip
-    tokens, flops = _window_cost(opened.config, config, shape)
+    tokens, flops = _window_cost(_outline(opened, config), shape)
     trained, frozen = plain.trained * config.gpus / 4, plain.weights * config.gpus / stored.itemsize
     unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
     rows = zip((*plain._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
@@ -405,10 +405,18 @@ def rehearse(config: TrainConfig) -> str:
     ])  # fmt: skip
 
 
-def _window_cost(model: WanConfig, config: TrainConfig, shape: tuple[int, ...]) -> tuple[int, float]:
+def _outline(opened: Opened, config: TrainConfig) -> Wan:
+    """The transformer without memory, made ready for training."""
+    transformer = opened.outline()[0]
+    trainable(transformer, config)
+    if config.gradient_checkpointing:
+        recompute_blocks(transformer)
+    return transformer
+
+
+def _window_cost(outline: Wan, shape: tuple[int, ...]) -> tuple[int, float]:
     """Tokens of a window with latents of a shape, and the operations to train on it."""
-    rank = None if config.full else config.rank
-    return cost.tokens(shape), cost.window_flops(model, shape, rank, config.gradient_checkpointing)
+    return cost.tokens(shape), cost.window_flops(outline, shape)
 
 
 def facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:

@@ -33,9 +33,9 @@ from wan.vae import VAEConfig, WanVAE
 TRANSFORMER = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 PROMPT = "a cat walks along a beach"
 STAGES = {  # in the order of a run
-    "encode the prompts": (sample, "encode_prompts"),
+    "encode the prompts": (checkpoint.Opened, "encode_prompts"),
     "encode the image": (sample, "conditions"),
-    "load the transformer": (sample, "load_expert"),
+    "load the transformer": (checkpoint.Opened, "transformer"),
     "denoise": (flow, "euler"),
     "decode": (sample, "decode"),
 }
@@ -83,7 +83,7 @@ def write_model(folder: Path) -> None:
 def measured(label: str, stage: Callable, rows: list[str]) -> Callable:
     """The same function, which adds a row with its time and the peak memory meanwhile to `rows` when it is called."""
 
-    def call(*arguments, **named):
+    def call(*arguments: object, **named: object) -> object:
         _reset_peak()
         start = time.monotonic()
         result = stage(*arguments, **named)
@@ -121,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as fresh:  # embeddings of an earlier run would spare the text encoder
         os.environ["NANOPUSA_CACHE"] = fresh
         sample.sample(run)
-    print(f"{torch.get_num_threads()} threads, {sample.resolve(run).dtype}; files of the folder:")
+    print(f"{torch.get_num_threads()} threads, {sample.prepare(run)[0].dtype}; files of the folder:")
     for path in sorted(folder.rglob("*")):
         if path.stat().st_size > 2**24:
             print(f"  {path.name:42}{path.stat().st_size / 2**30:8.2f} GiB")

@@ -1,4 +1,4 @@
-"""Plots: tables of noise levels as PNG, curves of a training as SVG. Matplotlib loads when one is drawn."""
+"""Tables of noise levels as text and PNG, curves of a training as SVG. Matplotlib loads when one is drawn."""
 
 import io
 import math
@@ -98,3 +98,9 @@ def _line(metrics: Sequence[dict], name: str, points: int) -> np.ndarray:
     known = [(line["step"], line[name]) for line in metrics if math.isfinite(line.get(name, math.nan))]
     stretches = np.array_split(np.array(known * 2 if len(known) == 1 else known), points)
     return np.array([(stretch[-1, 0], stretch[:, 1].mean()) for stretch in stretches if len(stretch)])
+
+
+def table(taus: Tensor) -> str:
+    """τ (K+1,F) as text, steps down and frames across; a frame that is exactly clean shows a bare 0."""
+    rows = [f"{k:>4} |" + "".join(f"{t:5.2f}" if t else "    0" for t in row) for k, row in enumerate(taus.tolist())]
+    return "\n".join(["step |" + "".join(f"{i:>5}" for i in range(taus.shape[1])), *rows])

@@ -21,7 +21,7 @@ import tasks
 import train
 from model import Wan
 from sample import SampleConfig
-from support import cost, dataset, media
+from support import cost, dataset, media, plots
 from toy import world
 from wan import checkpoint, text
 from wan.text import UMT5Encoder
@@ -56,16 +56,28 @@ def made(tmp_path):
     return names
 
 
+def _open(model):
+    return checkpoint.open(model, Wan)
+
+
+def _laid_out(**settings):
+    """A config as `prepare` settles it, and its job."""
+    config, opened = sample.prepare(SampleConfig(**settings))
+    return config, sample.lay_out(config, opened.preset.frames)
+
+
 def _settings(path):
     return json.loads(path.read_text(encoding="utf-8"))["settings"]
 
 
 def _latents(model, task, inputs=None, **changes):
     """What `generate` makes of a config; inputs in place of what the files hold."""
-    config = sample.resolve(SampleConfig(task=task, model=str(model), dtype="float32", **changes))
-    job = sample.lay_out(config)
+    config, opened = sample.prepare(SampleConfig(task=task, model=str(model), dtype="float32", **changes))
+    job = sample.lay_out(config, opened.preset.frames)
     inputs = sample.read_inputs(config, job.plans[0]) if inputs is None else inputs
-    return sample.generate(checkpoint.load_vae(model), config, job, inputs)
+    clips = [sample.Clip(config.prompt, config.seed)]
+    (latents,) = sample.generate(config, opened, job, opened.vae(), inputs, clips)
+    return latents
 
 
 # Every task.
@@ -163,7 +175,7 @@ def test_dry_run_prints_the_tau_table_and_writes_nothing(run, made):
     result = run("--task", "extend", "--dry-run", "--noise", "0,0.3,0.4,0.5")
     assert result.status == 0, result.err
     plan = tasks.plan("extend", 7, noise=(0, 0.3, 0.4, 0.5))
-    assert tasks.table(tasks.tau_schedule(plan.m, 3, 3.0, plan.d)) in result.out
+    assert plots.table(tasks.tau_schedule(plan.m, 3, 3.0, plan.d)) in result.out
     assert "GiB" in result.out and "time: about" in result.out and "6 passes" in result.out
     assert made() == []
 
@@ -247,21 +259,22 @@ def test_a_long_video_encodes_its_prompts_once(run, calls):
 
 @torch.no_grad()
 def test_guidance_is_linear_in_the_scale(model):
-    pipeline = checkpoint.load_pipeline(model, torch.float32)
+    opened = _open(model)
+    transformer = opened.transformer(torch.float32)
     generator = torch.Generator().manual_seed(0)
     z, tau = torch.randn(2, 16, 3, 4, 4, generator=generator), torch.rand(2, 3, generator=generator)
-    embed = partial(text.embed, pipeline.tokenizer, pipeline.text_encoder)
+    embed = partial(text.embed, opened.tokenizer(), opened.text_encoder(torch.float32))
     prompts, negative = embed(["a red circle", "a blue square"]), embed(["a white triangle"] * 2)
 
     def velocity(scale):
-        return sample.guided_velocity(pipeline.transformer, prompts, negative, scale)(z, tau)
+        return sample.guided_velocity(transformer, prompts, negative, scale)(z, tau)
 
     plain, away = velocity(1), velocity(0)
     assert (plain - away).abs().max() > 1e-3
     torch.testing.assert_close(velocity(3), away + 3 * (plain - away))
-    alone = sample.guided_velocity(pipeline.transformer, prompts[1:], negative[1:], 3)(z[1:], tau[1:])
+    alone = sample.guided_velocity(transformer, prompts[1:], negative[1:], 3)(z[1:], tau[1:])
     torch.testing.assert_close(velocity(3)[1:], alone)
-    torch.testing.assert_close(plain, pipeline.transformer(z, tau, prompts))
+    torch.testing.assert_close(plain, transformer(z, tau, prompts))
 
 
 # What a condition sees, and what becomes of it.
@@ -292,8 +305,8 @@ def test_frames_that_a_task_hides_change_nothing(task, hidden, model, clips):
 
 @pytest.mark.parametrize(("task", "heads", "tails"), [("extend", 0, 1), ("transition", 1, 1), ("restyle", 1, 0)])
 def test_of_a_video_only_what_is_needed_is_kept(task, heads, tails, model):
-    config = sample.resolve(SampleConfig(task=task, model=str(model), frames=17))
-    plan = sample.lay_out(config).plans[0]
+    config, job = _laid_out(task=task, model=str(model), frames=17)
+    plan = job.plans[0]
     inputs = sample.read_inputs(config, plan)
     assert [sum(video is not None for video in inputs[end]) for end in ("head", "tail")] == [heads, tails]
     for slot in plan.given:
@@ -303,10 +316,9 @@ def test_of_a_video_only_what_is_needed_is_kept(task, heads, tails, model):
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["i2v", "start-end", "extend", "prepend", "complete", "transition", "keyframes"])
 def test_clean_conditions_are_kept_to_the_bit(task, model):
-    config = sample.resolve(SampleConfig(task=task, model=str(model), dtype="float32"))
-    job, vae = sample.lay_out(config), checkpoint.load_vae(model)
-    inputs = sample.read_inputs(config, job.plans[0])
-    latents = sample.generate(vae, config, job, inputs)
+    config, job = _laid_out(task=task, model=str(model), dtype="float32")
+    vae, inputs = _open(model).vae(), sample.read_inputs(config, job.plans[0])
+    latents = _latents(model, task)
     x0 = sample.conditions(vae, job.plans[0], inputs, latents)
     given = [position for slot in job.plans[0].given for position in slot.positions]
     assert given and torch.equal(latents[:, :, given], x0[:, :, given])
@@ -345,10 +357,10 @@ def test_a_long_video_goes_on_from_the_latents_before(task, clip, frames, model,
     assert latents.shape == (1, 16, F, 4, 4) and latents.isfinite().all()
     made = windows[0][1]
     assert len(windows) == 1 + -(-(F - 7) // 3)
-    vae = checkpoint.load_vae(model)
+    vae = _open(model).vae()
     if clip:
-        config = sample.resolve(SampleConfig(task=task, model=str(model), frames=frames, **flags))
-        plan = sample.lay_out(config).plans[0]
+        config, job = _laid_out(task=task, model=str(model), frames=frames, **flags)
+        plan = job.plans[0]
         x0 = sample.conditions(vae, plan, sample.read_inputs(config, plan), made)
         assert torch.equal(latents[:, :, :4], x0[:, :, :4]), "the first window keeps what it is given"
     for start, end in windows[1:]:
@@ -368,10 +380,9 @@ def test_a_long_prepend_keeps_the_clip_at_the_end(frames, model, clips, windows)
     latents = _latents(model, "prepend", frames=frames, **flags)
     F = tasks.latent_frames(frames)
     assert latents.shape == (1, 16, F, 4, 4)
-    config = sample.resolve(SampleConfig(task="prepend", model=str(model), frames=frames, **flags))
-    job = sample.lay_out(config)
+    config, job = _laid_out(task="prepend", model=str(model), frames=frames, **flags)
     inputs = sample.read_inputs(config, job.plans[0])
-    x0 = sample.conditions(checkpoint.load_vae(model), job.plans[0], inputs, windows[0][1])
+    x0 = sample.conditions(_open(model).vae(), job.plans[0], inputs, windows[0][1])
     assert torch.equal(latents[:, :, -4:], x0[:, :, -4:])
     for (_, later), (start, end) in zip(windows, windows[1:], strict=False):
         # The first latent of a window is a lone frame: only the four after it may stand in the middle of a video.
@@ -382,7 +393,7 @@ def test_a_long_prepend_keeps_the_clip_at_the_end(frames, model, clips, windows)
 
 def test_a_window_goes_on_from_as_much_as_the_first_was_given(model, clips):
     flags = {"video": (str(clips / "00001.mp4"),), "noise": "0,0.3", "frames": 45}  # 12 latents: 7 and 5 more
-    job = sample.lay_out(sample.resolve(SampleConfig(task="extend", model=str(model), **flags)))
+    _, job = _laid_out(task="extend", model=str(model), **flags)
     expected = torch.tensor([0, 0.3, 1, 1, 1, 1, 1])
     assert len(job.plans) == 2 and all(torch.equal(plan.m, expected) for plan in job.plans)
     assert _latents(model, "extend", **flags).shape[2] == 12
@@ -390,8 +401,8 @@ def test_a_window_goes_on_from_as_much_as_the_first_was_given(model, clips):
 
 def test_given_frames_of_the_tasks(model):
     def given(task, **changes):
-        config = sample.resolve(SampleConfig(task=task, model=str(model), **changes))
-        return [n for n, mark in enumerate(sample.given_frames(sample.lay_out(config))) if mark]
+        _, job = _laid_out(task=task, model=str(model), **changes)
+        return [n for n, mark in enumerate(sample.given_frames(job)) if mark]
 
     assert given("t2v") == []
     assert given("i2v") == [0]
@@ -413,13 +424,13 @@ def test_strength_0_is_the_model_alone(model):
 
 
 def test_loras_add_up(model, tmp_path):
-    base = checkpoint.load_transformer(model)
+    base = _open(model).transformer()
     one, other = random_lora(base, seed=2), random_lora(base, seed=3)
     paths = [tmp_path / "one.safetensors", tmp_path / "other.safetensors"]
     for path, pairs in zip(paths, (one, other), strict=True):
         lora.save(path, pairs)
     flags = {"lora": (f"{paths[0]}:0.5", f"{paths[1]}:-0.25"), "model": str(model), "dtype": "float32"}
-    merged = sample.load_expert(sample.resolve(SampleConfig(task="t2v", **flags)))
+    merged = sample.Experts(*sample.prepare(SampleConfig(task="t2v", **flags)), []).load("high")
     for name, (A, B, _) in one.pairs.items():
         expected = base.get_submodule(name).weight + 0.5 * B @ A - 0.25 * other.pairs[name].B @ other.pairs[name].A
         torch.testing.assert_close(merged.get_submodule(name).weight, expected)
@@ -439,7 +450,7 @@ def test_a_colon_may_be_part_of_a_path(model, tmp_path):
 
 
 def test_several_loras_in_one_run(run, model, tmp_path):
-    lora.save(tmp_path / "one.safetensors", random_lora(checkpoint.load_transformer(model), seed=2))
+    lora.save(tmp_path / "one.safetensors", random_lora(_open(model).transformer(), seed=2))
     one, own = f"{tmp_path / 'one.safetensors'}:0.5", str(model / "lora.safetensors")
     for name, loras in (("a", ["--lora", one, "--lora", own]), ("b", ["--lora", one, own]), ("c", ["--lora", one])):
         assert run("--task", "t2v", *loras, out=f"{name}.mp4").status == 0
@@ -456,46 +467,44 @@ def alive(monkeypatch):
     """For each part that is loaded: its name and which of those before it were still there."""
     parts, loads = {}, []
 
-    def watched(name, load):
-        def loading(*arguments, **settings):
-            loads.append((name, {other for other, part in parts.items() if part() is not None}))
-            part = load(*arguments, **settings)
-            parts[name] = weakref.ref(part)
+    def note(name):
+        loads.append((name, {other for other, part in parts.items() if part() is not None}))
+
+    def watch(owner, method, name=None):
+        original = getattr(owner, method)
+
+        def watched(*arguments, **settings):
+            what = name or arguments[3]  # of two experts, which
+            note(what)
+            part = original(*arguments, **settings)
+            parts[what] = weakref.ref(part or arguments[0])  # what is built returns nothing
             return part
 
-        return loading
+        monkeypatch.setattr(owner, method, watched)
 
-    for name in ("load_text_encoder", "load_vae"):
-        monkeypatch.setattr(checkpoint, name, watched(name, getattr(checkpoint, name)))
-    one, decode = checkpoint.load_transformer, sample.decode
-
-    def transformer(*arguments, expert):
-        return watched(expert, partial(one, expert=expert))(*arguments)
-
-    def decoded(vae, latents):
-        loads.append(("decode", {other for other, part in parts.items() if part() is not None}))
-        return decode(vae, latents)
-
-    monkeypatch.setattr(checkpoint, "load_transformer", transformer)
-    monkeypatch.setattr(sample, "decode", decoded)
+    watch(checkpoint.Opened, "vae", "vae")
+    watch(checkpoint.Opened, "transformer")
+    watch(UMT5Encoder, "__init__", "text_encoder")
+    decode = sample.decode
+    monkeypatch.setattr(sample, "decode", lambda *arguments: note("decode") or decode(*arguments))
     return loads
 
 
 def test_only_the_part_whose_turn_it_is_is_in_memory(run, calls, alive):
     assert run("--task", "i2v").status == 0
     assert alive == [
-        ("load_vae", set()),
-        ("load_text_encoder", {"load_vae"}),
-        ("high", {"load_vae"}),
-        ("decode", {"load_vae"}),
+        ("vae", set()),
+        ("text_encoder", {"vae"}),
+        ("high", {"vae"}),
+        ("decode", {"vae"}),
     ]
 
 
 def test_a_prompt_is_encoded_once_ever(run, calls, alive, model, tmp_path):
     def encoded(*flags, of=model):
-        before = len([name for name, _ in alive if name == "load_text_encoder"]), calls["encoder"]
+        before = len([name for name, _ in alive if name == "text_encoder"]), calls["encoder"]
         assert run("--task", "t2v", "--steps", 1, "--model", of, "--overwrite", *flags).status == 0
-        return len([name for name, _ in alive if name == "load_text_encoder"]) - before[0], calls["encoder"] - before[1]
+        return len([name for name, _ in alive if name == "text_encoder"]) - before[0], calls["encoder"] - before[1]
 
     assert encoded() == (1, 2)
     first = (tmp_path / "out" / "a.mp4").read_bytes()
@@ -521,8 +530,8 @@ def test_offload_gives_the_same_video(run, tmp_path):
 
 
 def test_offload_leaves_the_blocks_to_the_cpu(model):
-    config = sample.resolve(sample.SampleConfig(task="t2v", model=str(model), offload=True))
-    wan = sample.load_expert(dataclasses.replace(config, device="meta"))
+    config, opened = sample.prepare(sample.SampleConfig(task="t2v", model=str(model), offload=True))
+    wan = sample.Experts(dataclasses.replace(config, device="meta"), opened, []).load("high")
     for name, parameter in wan.named_parameters():
         assert parameter.device.type == ("cpu" if name.startswith("blocks.") else "meta"), name
 
@@ -543,7 +552,7 @@ def test_dry_run_tells_the_memory_of_each_stage_from_configs_alone(run, made, mo
         path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
     result = run("--task", "t2v", "--dry-run", "--model", large)
     assert result.status == 0, result.err
-    wan, vae, encoder = (sum(p.numel() for p in part.parameters()) for part in checkpoint.outline(large))
+    wan, vae, encoder = (sum(p.numel() for p in part.parameters()) for part in _open(large).outline())
 
     def gibibytes(result):
         lines = [line.split(",")[-3:] for line in result.out.splitlines() if "text encoder" in line]
@@ -553,7 +562,7 @@ def test_dry_run_tells_the_memory_of_each_stage_from_configs_alone(run, made, mo
     assert figures[0][0] == pytest.approx(4 * encoder / 2**30, abs=0.01) and figures[1][0] == 0
     assert figures[0][1] >= round(4 * wan / 2**30, 2) > figures[1][1], "two of 50 blocks"
     wide = gibibytes(run("--task", "t2v", "--dry-run", "--model", large, "--size", "832x480", "--frames", 81))
-    decoding = checkpoint.outline(large)[1].decoding_bytes(21, 480, 832) + 3 * 4 * 81 * 480 * 832
+    decoding = _open(large).outline()[1].decoding_bytes(21, 480, 832) + 3 * 4 * 81 * 480 * 832
     assert wide[0][2] == wide[1][2] == pytest.approx((4 * vae + decoding) / 2**30, abs=0.01) and wide[0][2] > 1
     assert made() == []
 
@@ -563,7 +572,7 @@ def test_dry_run_tells_the_memory_of_each_stage_from_configs_alone(run, made, mo
 
 def write_original(folder, model, shards=1):
     """A transformer as the authors of Wan publish theirs."""
-    wan = checkpoint.load_transformer(model)
+    wan = _open(model).transformer()
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(wan.config)))
     state, stem = wan.state_dict(), "diffusion_pytorch_model"
@@ -574,8 +583,8 @@ def write_original(folder, model, shards=1):
 
 def write_beside(folder, model):
     """The other parts, in pickled files."""
-    torch.save(checkpoint.load_vae(model).state_dict(), folder / checkpoint.VAE_FILE)
-    torch.save(checkpoint.load_text_encoder(model).state_dict(), folder / checkpoint.TEXT_FILE)
+    torch.save(_open(model).vae().state_dict(), folder / checkpoint.VAE_FILE)
+    torch.save(_open(model).text_encoder().state_dict(), folder / checkpoint.TEXT_FILE)
     shutil.copytree(model / "tokenizer", folder / "google" / "umt5-xxl")
 
 
@@ -628,7 +637,7 @@ def test_the_low_noise_expert_takes_the_steps_below_the_boundary(flags, steps, r
 
 
 def test_each_expert_takes_its_own_guidance_and_loras(run, two, model, calls, tmp_path):
-    lora.save(tmp_path / "one.safetensors", random_lora(checkpoint.load_transformer(model), seed=2))
+    lora.save(tmp_path / "one.safetensors", random_lora(_open(model).transformer(), seed=2))
     one, own = tmp_path / "one.safetensors", model / "lora.safetensors"
     flags = ["--task", "t2v", "--model", two, "--steps", 4, "--shift", 5, "--boundary", 0.9, "--guidance-2", 1]
     assert run(*flags, "--lora", f"high={one}:0.5", f"low={own}", f"{one}:0.25").status == 0
@@ -637,36 +646,37 @@ def test_each_expert_takes_its_own_guidance_and_loras(run, two, model, calls, tm
     assert settings["lora"] == [f"high={one}:0.5", f"low={own}:1", f"{one}:0.25"]
     assert (settings["guidance"], settings["guidance_2"], settings["boundary"]) == (2.0, 1.0, 0.9)
 
-    config = sample.resolve(SampleConfig(model=str(two), dtype="float32", lora=tuple(settings["lora"])))
+    config, opened = sample.prepare(SampleConfig(model=str(two), dtype="float32", lora=tuple(settings["lora"])))
     change, other = (lora.load(path).pairs["blocks.0.ffn.0"] for path in (one, own))
-    base = checkpoint.load_transformer(model).blocks[0].ffn[0].weight
-    high, low = (sample.load_expert(config, expert).blocks[0].ffn[0].weight for expert in ("high", "low"))
+    base = _open(model).transformer().blocks[0].ffn[0].weight
+    experts = sample.Experts(config, opened, [])
+    high, low = (experts.load(name).blocks[0].ffn[0].weight for name in ("high", "low"))
     torch.testing.assert_close(high, base + 0.75 * change[1] @ change[0])
     torch.testing.assert_close(low, base + 0.25 * change[1] @ change[0] + other[1] @ other[0])
 
 
 def test_guidance_of_the_experts_comes_from_the_preset_or_is_one_for_both(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "guided")
-    preset = dataclasses.replace(checkpoint.load_preset(folder), guidance=4.0, guidance_2=3.0, boundary=0.5)
+    preset = dataclasses.replace(_open(folder).preset, guidance=4.0, guidance_2=3.0, boundary=0.5)
     checkpoint.save_preset(folder, preset)
 
     def guidances(**flags):
-        config = sample.resolve(SampleConfig(task="t2v", model=str(folder), **flags))
+        config, _ = sample.prepare(SampleConfig(task="t2v", model=str(folder), **flags))
         return config.guidance, config.guidance_2, config.boundary
 
     assert guidances() == (4, 3, 0.5)
     assert guidances(guidance=2.0) == (2, 2, 0.5)
     assert guidances(guidance_2=2.0, boundary=0.9) == (4, 2, 0.9)
     assert guidances(preset="lightx2v") == (1, 1, 0.5)
-    again = sample.resolve(SampleConfig(task="t2v", model=str(folder)))
-    assert sample.resolve(again) == again
+    again, opened = sample.prepare(SampleConfig(task="t2v", model=str(folder)))
+    assert sample.resolve(again, opened) == again
 
 
 def test_experts_are_in_memory_one_at_a_time(run, two, alive, calls):
     assert run("--task", "extend", "--model", two, "--steps", 4, "--shift", 5, "--frames", 37, "--offload").status == 0
     experts = [(name, others) for name, others in alive if name in ("high", "low", "decode")]
     assert [name for name, _ in experts] == ["high", "low", "high", "low", "decode"]
-    assert all(others == {"load_vae"} for _, others in experts)
+    assert all(others == {"vae"} for _, others in experts)
 
 
 def test_a_run_of_two_experts_repeats_to_the_bit(run, two, tmp_path):
@@ -717,8 +727,8 @@ def test_each_line_becomes_a_clip_to_train_on(each, run, model, alive, calls, tm
     assert sorted(_clips(folder)) == [*names, "settings.json"]
     captions = ["a red circle moving left", "a blue square", "a red circle moving left"]
     assert [clip.caption for clip in dataset.find_clips(folder)] == captions
-    loaded = [("load_vae", set()), ("load_text_encoder", {"load_vae"}), ("high", {"load_vae"})]
-    assert alive == loaded + 3 * [("decode", {"load_vae", "high"})]
+    loaded = [("vae", set()), ("text_encoder", {"vae"}), ("high", {"vae"})]
+    assert alive == loaded + 3 * [("decode", {"vae", "high"})]
     assert calls["forward"] == 3 * 3 and "9/9" in result.err
     assert "3 of 3 clips" in call(train, "--data", folder, "--model", model, "--dry-run").out
 
@@ -779,7 +789,7 @@ def test_two_experts_take_turns_at_groups_of_clips(each, two, alive, monkeypatch
     assert each("--model", two, "--steps", 4, "--shift", 5).status == 0
     experts = [(name, others) for name, others in alive if name in ("high", "low", "decode")]
     assert [name for name, _ in experts] == ["high", "low", "decode", "decode", "high", "low", "decode"]
-    assert all(others == ({"load_vae", "low"} if name == "decode" else {"load_vae"}) for name, others in experts)
+    assert all(others == ({"vae", "low"} if name == "decode" else {"vae"}) for name, others in experts)
 
 
 def test_a_folder_of_clips_is_kept_to_its_prompts_and_settings(each, prompts, tmp_path):
@@ -849,7 +859,7 @@ def test_lightx2v_is_four_steps_without_guidance(run, model, tmp_path, calls):
     assert [settings[name] for name in ("steps", "shift", "guidance")] == [4, 5.0, 1.0]
     assert settings["lora"] == [f"{own}:1", f"{own}:1.4"]
     assert calls["forward"] == 4
-    job = sample.lay_out(sample.resolve(SampleConfig(task="t2v", model=str(model), preset="lightx2v")))
+    _, job = _laid_out(task="t2v", model=str(model), preset="lightx2v")
     torch.testing.assert_close(job.taus[0][:, 0], torch.tensor([1, 0.9375, 5 / 6, 0.625, 0]), rtol=0, atol=1e-7)
 
 
@@ -945,7 +955,7 @@ def test_positions_without_images_are_not_dropped(run, made):
 
 
 def test_a_lora_that_does_not_match_tells_how_much_did(run, made, model, tmp_path):
-    pairs = random_lora(checkpoint.load_transformer(model), seed=1).pairs
+    pairs = random_lora(_open(model).transformer(), seed=1).pairs
     A, B, _ = pairs["blocks.0.ffn.0"]
     lora.save(tmp_path / "deep.safetensors", lora.LoRA({**pairs, "blocks.2.ffn.0": lora.Pair(A.clone(), B.clone())}))
     mistake(run("--task", "t2v", "--lora", tmp_path / "deep.safetensors"), "20 of 21", "blocks.2.ffn.0", "nothing was")
@@ -1153,6 +1163,6 @@ def test_a_dry_run_of_a_record_stays_one(run, made, tmp_path):
 
 
 def test_resolving_again_changes_nothing(model):
-    config = sample.resolve(SampleConfig(task="start-end", model=str(model)))
-    again = sample.resolve(dataclasses.replace(config, lora=config.lora or None))
+    config, opened = sample.prepare(SampleConfig(task="start-end", model=str(model)))
+    again = sample.resolve(dataclasses.replace(config, lora=config.lora or None), opened)
     assert again == config

@@ -104,7 +104,6 @@ def test_stream_goes_on_from_a_clip():
     assert given == [Slot("tail", 0, (0, 1, 2, 3), 13, 0)] and m.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert d.tolist() == [0, 0, 0, 0, 0, 0.125, 0.25, 0.375]
     assert (tau_schedule(m, 10, 5.0, d)[:, :4] == 0).all()
-    assert plan("stream", 8, clip_latents=(1, 0)).m.tolist() == [0] + [1] * 7
 
 
 def test_noise_and_counts_of_the_users_own():
@@ -112,8 +111,8 @@ def test_noise_and_counts_of_the_users_own():
     assert _plan("extend", noise=(0, 0.5)).m.tolist() == [0, 0.5] + [1] * 7  # several say how many
     assert _plan("prepend", noise=(0.5, 0)).given == [Slot("head", 0, (7, 8), 9, 1)]
     assert _plan("complete", noise=(0, 0.25, 0.5, 0.75)).m[[0, 1, 7, 8]].tolist() == [0, 0.25, 0.5, 0.75]
-    assert _plan("transition", clip_latents=(1, 3)).given[0] == Slot("tail", 0, (0,), 1, 0)
-    assert _plan("transition", clip_latents=(1, 3)).given[1] == Slot("head", 1, (6, 7, 8), 13, 1)
+    assert _plan("transition", noise=(0, 0, 0)).given[0] == Slot("tail", 0, (0,), 1, 0)
+    assert _plan("transition", noise=(0, 0, 0)).given[1] == Slot("head", 1, (7, 8), 9, 1)
     assert plan("keyframes", 9, images=2, at=(7, 2), noise=(0, 0.5)).m[[7, 2]].tolist() == [0, 0.5]
     assert _plan("restyle", strength=0.25).m.tolist() == [0.25] * 9
 
@@ -138,11 +137,11 @@ def test_frames_and_latents():
 
 
 def test_table_is_aligned_and_shows_clean_frames():
-    text = tasks.table(tau_schedule([0, 1.0, 0.3], 10, 5.0))
+    text = plots.table(tau_schedule([0, 1.0, 0.3], 10, 5.0))
     lines = text.splitlines()
     assert len(lines) == 12 and len({len(line) for line in lines}) == 1 and text.isascii()
     assert lines[1].split() == ["0", "|", "0", "1.00", "0.30"] and lines[-1].split() == ["10", "|", "0", "0", "0"]
-    assert len(tasks.table(torch.ones(11, 21)).splitlines()[0]) < 120
+    assert len(plots.table(torch.ones(11, 21)).splitlines()[0]) < 120
 
 
 @pytest.mark.parametrize("F, K", [(1, 1), (9, 10), (21, 50), (61, 4)])
@@ -187,7 +186,6 @@ def test_command_prints_and_draws_every_task(tmp_path):
         (lambda: plan("i2v", 9, at=(3,)), "got positions for i2v, expected none"),
         (lambda: plan("i2v", 9, noise=(0.2, 0.3)), "got 2 noise values for 1 condition latents"),
         (lambda: plan("extend", 9, noise=()), "got 0 noise values for 4 condition latents"),
-        (lambda: plan("extend", 9, clip_latents=(2, 2)), r"got clip_latents \(2, 2\), but extend is given a clip"),
         (lambda: plan("extend", 4), "got 4 latent frames for extend, .* at least --frames 17"),
         (lambda: plan("start-end", 1), "got 1 latent frames for start-end, .* at least --frames 9"),
         (lambda: plan("keyframes", 9), "got 0 positions"),

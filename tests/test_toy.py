@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
-from small import call
+from small import call, load_pipeline
 
 import flow
 import lora
@@ -23,6 +23,7 @@ MODEL = Path("checkpoints/tiny")
 LORA = MODEL / "lora.safetensors"
 PROMPT = "a large red circle moving left slowly on a grey background"
 SCENES = list(world.scenes(4, seed=11, unseen=True, pairs=0.0))
+PAIRS = list(world.scenes(12, seed=12, unseen=True, pairs=1.0))
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,16 @@ def pipe():
 @pytest.fixture(scope="module")
 def pusa():
     """The model with its LoRA merged, fp32."""
-    pipeline = checkpoint.load_pipeline(MODEL, torch.float32)
+    pipeline = load_pipeline(MODEL, torch.float32)
     lora.merge(pipeline.transformer, lora.load(LORA), pipeline.preset.strength)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """The model with its LoRA, as it is judged, which knows the prompts of all scenes below, and its VAE."""
+    _, pusa = judge.base_and_pusa(str(MODEL), SCENES + PAIRS)
+    return pusa, pusa.opened.vae()
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +86,15 @@ def test_it_knows_every_word_of_the_world():
 
 @torch.no_grad()
 def test_diffusers_makes_the_same_video(pipe):
-    config = sample.resolve(
+    config, opened = sample.prepare(
         SampleConfig(
             task="t2v", prompt=PROMPT, negative_prompt="a small blue square", steps=4, guidance=3.0, frames=17,
             model=str(MODEL), no_lora=True, dtype="float32", device="cpu", seed=5,
         )
     )  # fmt: skip
-    vae = checkpoint.load_vae(MODEL)
-    video = vae.decode(sample.generate(vae, config, sample.lay_out(config), {}))
+    vae, job = opened.vae(), sample.lay_out(config, opened.preset.frames)
+    (latents,) = sample.generate(config, opened, job, vae, {}, [sample.Clip(config.prompt, config.seed)])
+    video = vae.decode(latents)
     x1 = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
     frames = pipe(
         prompt=config.prompt, negative_prompt=config.negative_prompt, guidance_scale=3.0, num_inference_steps=4,
@@ -119,23 +128,22 @@ def test_diffusers_reads_the_lora_as_we_do(pipe, pusa):
 
 
 @torch.no_grad()
-def test_prompts_are_followed(pusa, truth):
-    videos = judge.generate(pusa, SCENES, truth, "t2v")
+def test_prompts_are_followed(judged, truth):
+    videos = judge.generate(*judged, SCENES, truth, "t2v")
     assert sum(map(judge.as_prompted, SCENES, videos)) >= len(SCENES) - 1
 
 
 @torch.no_grad()
-def test_two_shapes_get_their_own_words_more_often_than_by_chance(pusa):
-    scenes = list(world.scenes(12, seed=12, unseen=True, pairs=1.0))
-    videos = judge.generate(pusa, scenes, torch.stack([world.render(scene) for scene in scenes]), "t2v")
+def test_two_shapes_get_their_own_words_more_often_than_by_chance(judged):
+    videos = judge.generate(*judged, PAIRS, torch.stack([world.render(scene) for scene in PAIRS]), "t2v")
     # Eight as measured; a model that mixes the words up has one.
-    assert sum(map(judge.as_prompted, scenes, videos)) >= 6
+    assert sum(map(judge.as_prompted, PAIRS, videos)) >= 6
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "given"), [("i2v", 1), ("extend", 13)])
-def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, pusa, truth):
-    videos = judge.generate(pusa, SCENES, truth, name)
+def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, judged, truth):
+    videos = judge.generate(*judged, SCENES, truth, name)
     for video, clip in zip(videos, truth, strict=True):
         assert judge.psnr(video[:, :given], clip[:, :given]) > 28
     assert sum(map(judge.held_to_the_end, SCENES, videos)) >= len(SCENES) - 1
@@ -150,7 +158,7 @@ def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, pusa,
 @torch.no_grad()
 def test_the_lora_has_learned_a_noise_level_for_every_frame(pusa, truth):
     """On unseen clips the loss at a τ for each frame falls by a quarter or more; at one τ for all it hardly rises."""
-    base = checkpoint.load_pipeline(MODEL, torch.float32)
+    base = load_pipeline(MODEL, torch.float32)
     x0 = base.vae.encode(truth)
     generator = torch.Generator().manual_seed(0)
     x1 = torch.randn(x0.shape, generator=generator)

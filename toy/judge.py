@@ -3,52 +3,44 @@
     python -m toy.judge     judges checkpoints/tiny and writes the table to its README.md
 """
 
-import dataclasses
 import math
 import statistics
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import flow
-import lora
 import sample
 import tasks
 from support import cli
-from toy import grow, world
-from wan import checkpoint, text
+from toy import world
 
 
-def _psnr(mean_square_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of an error on the scale [-1, 1]."""
-    return 10 * math.log10(4 / mean_square_error)
-
-
-# How the embedded model is judged: on captions that training never saw, against the world's exact truth.
+def base_and_pusa(model: str, scenes: list[world.Scene]) -> tuple[sample.Experts, sample.Experts]:
+    """A model that knows the captions of these scenes, sampled as its preset says: without its LoRA, and with it."""
+    config, opened = sample.prepare(sample.SampleConfig("t2v", model, no_lora=True, prompt="", device="cpu"))
+    prompts = [scene.caption for scene in scenes]
+    adapted = replace(config, lora=(f"{model}/lora.safetensors:{opened.preset.strength}",))
+    return sample.Experts(config, opened, prompts), sample.Experts(adapted, opened, prompts)
 
 
 @torch.no_grad()
 def generate(
-    pipeline: checkpoint.Pipeline, scenes: list[world.Scene], truth: Tensor, name: str, seed: int = 0
+    experts: sample.Experts, vae: nn.Module, scenes: list[world.Scene], truth: Tensor, name: str, seed: int = 0
 ) -> Tensor:
     """Videos (B, 3, N, 64, 64) by a task, which is given what it needs of the true clips (B, 3, N, 64, 64)."""
-    F = tasks.latent_frames(truth.shape[2])
+    config, F = experts.config, tasks.latent_frames(truth.shape[2])
     plan = tasks.plan(name, F, noise=(0.0,) if tasks.TASKS[name].noise else None)
-    taus = tasks.tau_schedule(plan.m, grow.PRESET.steps, grow.PRESET.shift, plan.d)
+    taus = tasks.tau_schedule(plan.m, config.steps, config.shift, plan.d)
     x1 = torch.randn(len(truth), 16, F, world.SIDE // 8, world.SIDE // 8, generator=torch.Generator().manual_seed(seed))
-    ends = [truth[:, :, :1], truth[:, :, -1:]]
     # "tail 0" of extend is the tail of what the user has, which here is the start of the true clip.
     known = tasks.pixel_frames(plan.given[0].positions[-1] + 1) if name == "extend" else truth.shape[2]
-    inputs = {"image": ends, "head": [truth], "tail": [truth[:, :, :known]]}
-    x0 = sample.conditions(pipeline.vae, plan, inputs, x1)
-    prompts, negative = [scene.caption for scene in scenes], [grow.PRESET.negative_prompt] * len(scenes)
-    contexts = [text.embed(pipeline.tokenizer, pipeline.text_encoder, texts) for texts in (prompts, negative)]
-    velocity = sample.guided_velocity(pipeline.transformer, *contexts, grow.PRESET.guidance)
-    return pipeline.vae.decode(flow.euler(velocity, flow.interpolate(x0, x1, taus[:1]), taus)).float()
+    inputs = {"image": [truth[:, :, :1], truth[:, :, -1:]], "head": [truth], "tail": [truth[:, :, :known]]}
+    x0 = sample.conditions(vae, plan, inputs, x1)
+    return vae.decode(experts.walk([scene.caption for scene in scenes], x0, x1, taus)).float()
 
 
 def as_prompted(scene: world.Scene, video: Tensor) -> bool:
@@ -87,82 +79,72 @@ def centroid_errors(scene: world.Scene, video: Tensor, frames: range) -> Iterato
 
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB between pictures on the scale [-1, 1]."""
-    return _psnr((a - b).square().mean().item())
+    return 10 * math.log10(4 / (a - b).square().mean().item())
 
 
-def _unseen_either_way(scene: world.Scene) -> bool:
-    """Whether training saw neither a pair of shapes nor the same two the other way round."""
-    return world.held_out(dataclasses.replace(scene, things=scene.things[::-1]).caption)
-
-
-def evaluate(config: "JudgeConfig") -> str:
-    """The table of how good the embedded model is, as Markdown; with the LoRA and without it, on the same scenes."""
-    if config.samples < 5:
-        raise ValueError(f"got --samples {config.samples}, expected at least 5: one in five has two shapes")
-    pairs = config.samples // 5
-    scenes = [
-        *world.scenes(config.samples - pairs, seed=3, unseen=True, pairs=0),
-        *islice(filter(_unseen_either_way, world.scenes(100 * pairs, seed=4, unseen=True, pairs=1)), pairs),
-    ]
-    truth = torch.stack([world.render(scene) for scene in scenes])
-    progress = cli.Progress(11, "evaluating")
-
-    def judged(pipeline: checkpoint.Pipeline, name: str) -> list[Tensor]:
-        pieces = range(0, len(scenes), 16)
-        videos = [generate(pipeline, scenes[i : i + 16], truth[i : i + 16], name, seed=i) for i in pieces]
-        progress.step()
-        return list(torch.cat(videos))
-
-    def share(passed: list[bool]) -> str:
-        return f"{100 * sum(passed) / len(passed):.0f} %"
-
-    def kept(videos: list[Tensor], ends: tuple[int, ...]) -> str:
-        pairs = zip(videos, truth, strict=True)
-        return f"{statistics.mean(psnr(video[:, e], clip[:, e]) for video, clip in pairs for e in ends):.1f} dB"
-
-    def error(videos: list[Tensor], frames: range) -> str:
-        pairs = zip(scenes, videos, strict=True)
-        return f"{statistics.median(e for scene, video in pairs for e in centroid_errors(scene, video, frames)):.1f} px"
-
-    columns = {}
-    dtype = cli.pick_dtype("auto", "cpu")
-    for column in ("base", "LoRA"):
-        pipeline = checkpoint.load_pipeline(config.model, dtype)
-        if column == "LoRA":
-            lora.merge(pipeline.transformer, lora.load(Path(config.model) / "lora.safetensors"), grow.PRESET.strength)
-        cells = columns[column] = []
-        videos = judged(pipeline, "t2v")
-        cells.append(share([as_prompted(s, v) for s, v in zip(scenes, videos, strict=True)]))
-        videos = judged(pipeline, "i2v")
-        cells += [kept(videos, (0,)), share([held_to_the_end(s, v) for s, v in zip(scenes, videos, strict=True)])]
-        cells.append(error(videos, range(1, world.FRAMES)))
-        videos = judged(pipeline, "extend")
-        cells.append(error(videos, range(13, world.FRAMES)))
-        videos = judged(pipeline, "start-end")
-        cells += [kept(videos, (0, -1)), error(videos, range(14, 19))]
-        videos = judged(pipeline, "complete")
-        cells += [kept(videos, (0, -1)), error(videos, range(14, 19))]
-    with torch.no_grad():
-        pictures = torch.cat([pipeline.vae.decode(pipeline.vae.encode(clip[None])) for clip in truth])
-    progress.step()
-    reconstruction = f"{statistics.mean(psnr(a, b) for a, b in zip(pictures, truth, strict=True)):.1f} dB"
-
-    whats = (
-        ("T2V: shapes, colours and directions all as prompted", "≥ 90 %"),
-        ("I2V: first frame kept (PSNR)", "≥ 28 dB"),
-        ("I2V: shape and colour held to the last frame", "≥ 90 %"),
-        ("I2V: median centroid error of the generated frames", "none"),  # shows that the image is what they follow
-        ("extend: median centroid error of the generated frames", "≤ 3 px"),
-        ("start-end: both ends kept (PSNR)", "≥ 28 dB"),
-        ("start-end: median centroid error in the middle", "≤ 4 px"),
-        ("complete: both ends kept (PSNR)", "≥ 28 dB"),
-        ("complete: median centroid error in the middle", "≤ 4 px"),
+def unseen_scenes(samples: int) -> list[world.Scene]:
+    """Scenes whose captions training never saw; one in five has two shapes, unseen the other way round too."""
+    if samples < 5:
+        raise ValueError(f"got --samples {samples}, expected at least 5: one in five has two shapes")
+    pairs = samples // 5
+    two = (
+        scene
+        for scene in world.scenes(100 * pairs, seed=4, unseen=True, pairs=1)
+        if world.held_out(replace(scene, things=scene.things[::-1]).caption)
     )
+    return [*world.scenes(samples - pairs, seed=3, unseen=True, pairs=0), *islice(two, pairs)]
+
+
+def evaluate(base: sample.Experts, pusa: sample.Experts, scenes: list[world.Scene]) -> str:
+    """The table of how good a model is, as Markdown; with the LoRA and without it, on the same scenes."""
+    truth, progress = torch.stack([world.render(scene) for scene in scenes]), cli.Progress(11, "evaluating")
+    vae = base.opened.vae()
+    columns = [figures(experts, vae, scenes, truth, progress) for experts in (base, pusa)]
+    with torch.no_grad():
+        reconstruction = statistics.mean(psnr(vae.decode(vae.encode(clip[None]))[0], clip) for clip in truth)
+    progress.step()
     rows = ["| what | target | with the LoRA | LoRA off |", "| --- | --- | --- | --- |"]
-    rows.append(f"| VAE: reconstruction (PSNR) | ≥ 30 dB | {reconstruction} | the same |")
-    for (what, target), with_lora, without in zip(whats, columns["LoRA"], columns["base"], strict=True):
+    rows.append(f"| VAE: reconstruction (PSNR) | ≥ 30 dB | {reconstruction:.1f} dB | the same |")
+    for (what, target, without), (_, _, with_lora) in zip(*columns, strict=True):
         rows.append(f"| {what} | {target} | {with_lora} | {without} |")
     return "\n".join(rows)
+
+
+def figures(
+    experts: sample.Experts, vae: nn.Module, scenes: list[world.Scene], truth: Tensor, progress: cli.Progress
+) -> list[tuple[str, str, str]]:
+    """What is judged, its target, and what the model reaches."""
+    videos = {}
+    for name in ("t2v", "i2v", "extend", "start-end", "complete"):
+        pieces = [slice(i, i + 16) for i in range(0, len(scenes), 16)]
+        made = [generate(experts, vae, scenes[piece], truth[piece], name, seed=piece.start) for piece in pieces]
+        videos[name] = torch.cat(made)
+        progress.step()
+
+    def share(name: str, passes: Callable[[world.Scene, Tensor], bool]) -> str:
+        return f"{100 * sum(map(passes, scenes, videos[name])) / len(scenes):.0f} %"
+
+    def kept(name: str, *ends: int) -> str:
+        pairs = zip(videos[name], truth, strict=True)
+        return f"{statistics.mean(psnr(video[:, e], clip[:, e]) for video, clip in pairs for e in ends):.1f} dB"
+
+    def error(name: str, first: int, end: int = world.FRAMES) -> str:
+        pairs = zip(scenes, videos[name], strict=True)
+        errors = (e for scene, video in pairs for e in centroid_errors(scene, video, range(first, end)))
+        return f"{statistics.median(errors):.1f} px"
+
+    return [
+        ("T2V: shapes, colours and directions all as prompted", "≥ 90 %", share("t2v", as_prompted)),
+        ("I2V: first frame kept (PSNR)", "≥ 28 dB", kept("i2v", 0)),
+        ("I2V: shape and colour held to the last frame", "≥ 90 %", share("i2v", held_to_the_end)),
+        # shows that the image is what they follow
+        ("I2V: median centroid error of the generated frames", "none", error("i2v", 1)),
+        ("extend: median centroid error of the generated frames", "≤ 3 px", error("extend", 13)),
+        ("start-end: both ends kept (PSNR)", "≥ 28 dB", kept("start-end", 0, -1)),
+        ("start-end: median centroid error in the middle", "≤ 4 px", error("start-end", 14, 19)),
+        ("complete: both ends kept (PSNR)", "≥ 28 dB", kept("complete", 0, -1)),
+        ("complete: median centroid error in the middle", "≤ 4 px", error("complete", 14, 19)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -173,14 +155,16 @@ class JudgeConfig:
 
 def main() -> None:
     config = cli.parse(JudgeConfig, __doc__)
-    table = evaluate(config)
+    scenes = unseen_scenes(config.samples)
+    base, pusa = base_and_pusa(config.model, scenes)
+    table, settings = evaluate(base, pusa, scenes), base.config
     readme = f"""# The embedded model
 
 A complete text-to-video model of Wan's architecture for 64x64 clips of 33 frames, grown from nothing by
 `python -m toy.grow`, in the `-Diffusers` layout, with the Pusa LoRA that was trained on it (`lora.safetensors`).
 
 Judged by `python -m toy.judge` on {config.samples} scenes a row whose captions training never saw, one in five
-with two shapes; {grow.PRESET.steps} steps, shift {grow.PRESET.shift:g}, guidance {grow.PRESET.guidance:g}, fixed seeds:
+with two shapes; {settings.steps} steps, shift {settings.shift:g}, guidance {settings.guidance:g}, fixed seeds:
 
 {table}
 """

@@ -1,0 +1,66 @@
+"""Records of runs: a JSON file with every setting, which repeats the run or goes on with it; and free file names."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from support import cli
+
+Config = TypeVar("Config")  # a dataclass of settings
+
+
+def write(path: Path, config: Config) -> None:
+    """Write the settings of a run, and the version of torch that it ran on."""
+    cli.write_json(path, {"settings": dataclasses.asdict(config), "torch": torch.__version__})
+
+
+def read(path: Path, config_class: type[Config]) -> Config:
+    """The settings that `write` wrote. ValueError if the file is none of them, or lacks one."""
+    try:
+        entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
+        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
+        missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a run, expected a JSON file that sample.py wrote: {error}") from None
+    return config
+
+
+def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str, Path]:
+    """The files of a run, by default with the first free number of outputs/NAME-001.mp4, outputs/NAME-002.mp4, ...
+
+    Raises ValueError if one exists and may not be replaced.
+    """
+    numbers = (n for n in range(1, 10**6) if not list(Path("outputs").glob(f"{name}-{n:03d}.*")))
+    video = Path(out or f"outputs/{name}-{next(numbers):03d}.mp4")
+    if video.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"got --out {video}, expected a file that ends in .mp4 or .gif")
+    files = {"video": video, "filmstrip": video.with_suffix(".png"), "settings": video.with_suffix(".json")}
+    if plot:
+        files |= {plot: video.with_name(f"{video.stem}-{plot}.png") for plot in ("tau", "denoising")}
+    for path in files.values():
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists; add --overwrite to replace it, or choose another --out")
+    return files
+
+
+def check_clips(folder: Path, config: Config, may_change: set[str]) -> None:
+    """Raise ValueError if a folder of clips holds anything else than a run with these settings began.
+
+    may_change: the settings that need not be those in its `settings.json`.
+    """
+    record = folder / "settings.json"
+    if record.is_file():
+        begun = vars(read(record, type(config)))
+        for name, now in vars(config).items():
+            if name not in may_change and begun[name] != now:
+                raise ValueError(f"got {now} as --{name.replace('_', '-')}, but the clips in {folder} began with "
+                                 f"{begun[name]}; repeat that, or choose another --out")  # fmt: skip
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(
+            f"got --out {folder}, which holds other files, expected a new folder or one that --prompts began"
+        )
