@@ -287,11 +287,11 @@ class Opened:
         return text.Tokenizer(self._need(self.layout.tokenizer_file), self.config.text_len)
 
     def encode_prompts(
-        self, prompts: Iterable[str], dtype: torch.dtype, device: str, folder: Path | str
+        self, prompts: Iterable[str], dtype: torch.dtype, device: str, cache_folder: Path | str
     ) -> Callable[[list[str]], Tensor]:
         """A function from any of these prompts to their embeddings, (B, text_len, text_dim) in fp32 on the CPU.
 
-        Each prompt is encoded once ever: its embedding is kept in `folder`, without the padding, which is zero. Only
+        Each prompt is encoded once ever: `cache_folder` keeps its embedding without the padding, which is zero. Only
         for a prompt that is not there the encoder is loaded, and it is gone when this returns.
         """
         tokenizer, prompts = self.tokenizer(), list(dict.fromkeys(prompts))
@@ -303,7 +303,7 @@ class Opened:
 
         # Another device, or type, gives other bits.
         name = f"{self._text_fingerprint()} {tokenizer.text_len} {dtype} {torch.device(device).type}"
-        embeddings = cache.embeddings(prompts, embed, name, folder)
+        embeddings = cache.embeddings(prompts, embed, name, cache_folder)
         index = {prompt: i for i, prompt in enumerate(prompts)}
         return lambda some: text.padded([embeddings[index[prompt]] for prompt in some], tokenizer.text_len)
 
