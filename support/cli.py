@@ -7,10 +7,12 @@ given, what was expected and what to do; `run` prints it as one sentence and exi
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import shutil
 import sys
+import types
 import typing
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,19 +27,22 @@ if typing.TYPE_CHECKING:  # a wrong flag is answered before torch has loaded
 T = typing.TypeVar("T")
 
 
-def option(default: typing.Any, help: str, **argparse_settings: typing.Any) -> typing.Any:
+def option(
+    default: typing.Any, help: str, within: tuple[float, float, str] | None = None, **argparse_settings: typing.Any
+) -> typing.Any:
     """A dataclass field that is also a flag: `shift: float = option(5.0, "shift of the sigma schedule")`.
 
+    within: the least and the greatest value, and how a sentence calls them: `(1, 10**9, "at least 1")`.
     With `positional=True` it is an argument without a flag, which has to be given unless `nargs="?"`.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **argparse_settings})
+    return dataclasses.field(default=default, metadata={"help": help, "within": within, **argparse_settings})
 
 
 def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
     """Build the command line of `config_class` from its fields and read `argv` (default: the process's) into it."""
     parser = argparse.ArgumentParser(description=doc.strip().splitlines()[0])
     for field in dataclasses.fields(config_class):
-        settings = dict(field.metadata)
+        settings = {name: value for name, value in field.metadata.items() if name != "within"}
         if isinstance(field.default, bool):
             settings["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         elif "action" not in settings:
@@ -47,7 +52,36 @@ def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
             settings["help"] += " (default: %(default)s)"
         name = field.name if settings.pop("positional", False) else "--" + field.name.replace("_", "-")
         parser.add_argument(name, default=field.default, **settings)
-    return config_class(**vars(parser.parse_intermixed_args(argv)))
+    return check(config_class(**vars(parser.parse_intermixed_args(argv))))
+
+
+def check(config: T) -> T:
+    """The same config. ValueError for a field with a value of another type, out of its range, or not a choice."""
+    for field in dataclasses.fields(config):
+        value, expected = getattr(config, field.name), None
+        within, choices = field.metadata.get("within"), field.metadata.get("choices")
+        if not fits(value, field.type) and value is not field.default:
+            expected = inspect.formatannotation(field.type)
+        elif value is not None and choices and value not in choices:
+            expected = f"one of {', '.join(choices)}"
+        elif value is not None and within and not within[0] <= value <= within[1]:
+            expected = within[2]
+        if expected:
+            flag = "" if field.metadata.get("positional") else "--"
+            got = f"{value:g}" if isinstance(value, float) else value
+            raise ValueError(f"got {flag}{field.name.replace('_', '-')} {got}, expected {expected}")
+    return config
+
+
+def fits(value: typing.Any, kind: typing.Any) -> bool:
+    """Whether a value, of Python or of JSON, is of a type such as int, `float | None` or `tuple[int, int]`."""
+    kinds = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, kind) for kind in kinds)
+    if typing.get_origin(kind) is tuple:
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, (tuple, list)) else kinds
+        return isinstance(value, (tuple, list)) and len(value) == len(kinds) and all(map(fits, value, kinds))
+    return type(value) is kind or kind is float and type(value) is int
 
 
 def run(command: Callable[[], object]) -> None:

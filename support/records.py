@@ -21,7 +21,8 @@ def read(path: Path, config_class: type[Config]) -> Config:
     """The settings that `write` wrote. ValueError if the file is none of them, or lacks one."""
     try:
         entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
-        config = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items()})
+        entries = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
+        config = cli.check(config_class(**entries))
         missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
         if missing:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")

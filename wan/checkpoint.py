@@ -23,7 +23,6 @@ import inspect
 import json
 import pickle
 import re
-import typing
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from support import cache
-from support.cli import replacing, write_json
+from support.cli import fits, replacing, write_json
 from wan import configs, names, text
 from wan.vae import VAEConfig, WanVAE
 
@@ -231,7 +230,7 @@ class Opened:
                 f"{path} has {sorted(unknown)}, expected only the fields of checkpoint.Preset; remove them"
             )
         for name, value in entries.items():
-            if not _fits(value, kinds[name]):
+            if not fits(value, kinds[name]):
                 kind = inspect.formatannotation(kinds[name])
                 raise ValueError(f"{path} has {name} {json.dumps(value)}, expected {kind}; mend or remove it")
         return replace(preset, **{**entries, "size": tuple(entries.get("size", preset.size))})
@@ -556,14 +555,6 @@ def _json(path: Path) -> dict:
         return content
     except ValueError as error:
         raise ValueError(f"cannot read {path} as JSON ({error}); download or write it again") from None
-
-
-def _fits(value, kind) -> bool:
-    """Whether a value of JSON is of a type such as int, `float | None` or `tuple[int, int]`."""
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    return isinstance(value, kind) and not isinstance(value, bool) or type(value) is int and isinstance(0.0, kind)
 
 
 # Writing.
