@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support import cli
+from wan import files
 from wan.names import TRANSFORMER_NAMES, layer_name, rename
 
 
@@ -193,13 +194,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = files.unpickle(path)
     except pickle.UnpicklingError as error:
         got = f"{path} is damaged or holds more than plain tensors, which could run code on loading"
         raise ValueError(f"{got}, so it was not loaded; get the LoRA as .safetensors") from error
-    except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
+    except Exception as error:  # over damaged bytes, readers stumble in every way there is
         raise ValueError(f"{path} cannot be read ({error}); it may be incomplete: fetch it again") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if tensors is None:
         raise ValueError(f"{path} is not a flat dict of tensors; get the LoRA as .safetensors")
     return tensors, {}
 
@@ -210,16 +211,16 @@ def _parse(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     unknown = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(_ADAPTER.sub("", key))
+        part = match and _PARTS[match["part"]]
         layer = match and layer_name(match["name"] + (".modulation" if match["part"] == "diff_m" else ""))
-        if not layer or (match["part"] == "alpha" and tensor.numel() != 1):
+        if not layer or (part == "alpha" and tensor.numel() != 1):
             unknown.append(key)
-            continue
-        part = _PARTS[match["part"]]
-        if layer in parts[part]:
+        elif layer in parts[part]:
             raise ValueError(f"{path} has more than one {part} for a layer, such as {key}; expected one LoRA in a file")
-        if not tensor.float().isfinite().all():
+        elif not tensor.float().isfinite().all():
             raise ValueError(f"{path} has numbers in {key} that are not finite; fetch the file again, or train anew")
-        parts[part][layer] = tensor
+        else:
+            parts[part][layer] = tensor
     if unknown or not tensors:
         got = f"{path}: understood {len(tensors) - len(unknown)} of {len(tensors)} keys"
         got += f"; first unknown {unknown[0]}" if unknown else ""
