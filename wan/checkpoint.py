@@ -217,7 +217,13 @@ class Opened:
         name = f"{self._text_fingerprint()} {tokenizer.text_len} {dtype} {torch.device(device).type}"
         embeddings = cache.embeddings(prompts, embed, name, cache_folder)
         index = {prompt: i for i, prompt in enumerate(prompts)}
-        return lambda some: text.padded([embeddings[index[prompt]] for prompt in some], tokenizer.text_len)
+
+        def look_up(some: list[str]) -> Tensor:
+            found = [embeddings[index[prompt]] for prompt in some]
+            ends = [(0, 0, 0, tokenizer.text_len - len(embedding)) for embedding in found]
+            return torch.stack(list(map(nn.functional.pad, found, ends)))
+
+        return look_up
 
     def outline(self) -> tuple[nn.Module, WanVAE, text.UMT5Encoder]:
         """Transformer, VAE and text encoder without memory, to be measured, from the configs alone.
@@ -450,10 +456,7 @@ def save_pipeline(
         raise ValueError(f"got a dtype for {sorted(unknown)}, expected one for {', '.join(PARTS)}")
     if tokenizer is not None:
         text_len = getattr(tokenizer, "text_len", None) or (transformer.config.text_len if transformer else 512)
-        plain = tokenizers.Tokenizer.from_str(getattr(tokenizer, "tokenizer", tokenizer).to_str())
-        plain.no_padding()  # who reads the file sets these two by itself
-        plain.no_truncation()
-        for name, content in text.tokenizer_files(plain, text_len).items():
+        for name, content in text.tokenizer_files(getattr(tokenizer, "tokenizer", tokenizer), text_len).items():
             with replacing(folder / "tokenizer" / name) as path:
                 path.write_text(content, encoding="utf-8")
     models = {"transformer": transformer, "transformer_2": transformer_2, "vae": vae, "text_encoder": text_encoder}

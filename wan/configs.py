@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 HEAD_SIZE = 128  # of every published Wan transformer; no shape tells it
 
 # Our field -> theirs. `dim` of the transformer and `dim_attn` of the encoder are products there.
@@ -64,19 +62,19 @@ def to_diffusers(part: str, config: Any) -> dict:
     if part == "text_encoder":
         return theirs | {"d_kv": config.dim_attn // config.num_heads}
     if part == "vae":
+        channels = 3 * config.patch_size**2
         return theirs | {
-            "in_channels": 3 * config.patch_size**2,
-            "out_channels": 3 * config.patch_size**2,
+            "in_channels": channels, "out_channels": channels,
             "patch_size": None if config.patch_size == 1 else config.patch_size,
             "scale_factor_spatial": config.patch_size * 2 ** (len(config.dim_mult) - 1),
             "scale_factor_temporal": 2 ** sum(config.temporal_downsample),
-        }
+        }  # fmt: skip
     if config.text_len == 512:  # diffusers does not know this key, and warns
         del theirs["text_len"]
     return theirs | {"attention_head_dim": config.dim // config.num_heads}
 
 
-def from_shapes(part: str, shapes: Shapes) -> dict:
+def from_shapes(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict:
     """Our fields, of the shapes of a part's tensors under their original names; KeyError names one that is missing."""
     return {"vae": _vae, "text_encoder": _text_encoder}.get(part, _transformer)(shapes)
 
@@ -102,7 +100,7 @@ def other_kind(config: Any, class_name: str | None) -> str:
     return ""
 
 
-def _transformer(shapes: Shapes) -> dict:
+def _transformer(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
     if dim % HEAD_SIZE:
         raise ValueError(f"width {dim}, expected a multiple of {HEAD_SIZE}, the size of a head")
@@ -116,7 +114,7 @@ def _transformer(shapes: Shapes) -> dict:
     }  # fmt: skip
 
 
-def _vae(shapes: Shapes) -> dict:
+def _vae(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     dim, folded = shapes["encoder.conv1.weight"][:2]
     widths, temporal, i = [], [], 0
     while any(name.startswith(f"encoder.downsamples.{i}.") for name in shapes):
@@ -133,7 +131,7 @@ def _vae(shapes: Shapes) -> dict:
     }  # fmt: skip
 
 
-def _text_encoder(shapes: Shapes) -> dict:
+def _text_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict:
     vocab_size, dim = shapes["token_embedding.weight"]
     num_buckets, num_heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     return {

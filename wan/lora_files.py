@@ -1,7 +1,7 @@
 """LoRA files. Programs differ in how they spell a layer's name and in what they call its tensors.
 
 In memory a LoRA has pairs of matrices by the original names of their layers, and diffs of whole parameters, such as
-biases and norms, which files of other programs may hold as well.
+biases and norms.
 
     python lora.py inspect lora.safetensors
     python lora.py convert lora.safetensors lora_for_diffusers.safetensors --to peft
@@ -105,12 +105,10 @@ LAYOUTS = {
 def load(path: Path | str) -> LoRA:
     """Read a LoRA of any of the layouts in use for Wan from `.safetensors`, or from `.pt`/`.pth`/`.bin` without code.
 
-    Known are the layers' names of Wan, diffusers and kohya (`lora_unet_`) with or without a prefix, `lora_A`/`lora_B`
-    with or without an adapter's name (Pusa: `.default`), `lora_down`/`lora_up`, biases of B, `.alpha` or the alpha of
-    PEFT's settings, `.diff`, `.diff_b` and `.diff_m`. ValueError for a file that cannot be read, for a key that is not
-    understood and for incomplete pairs: a LoRA that is applied in part looks like one that was trained badly.
+    Layers may have the names of Wan, diffusers or kohya (`lora_unet_`). ValueError for a file that cannot be read, for
+    a key that is not understood and for incomplete pairs: a LoRA applied in part looks like one that was trained badly.
     """
-    return _parse(Path(path), *_read(Path(path)))
+    return _open(Path(path))[0]
 
 
 def save(
@@ -118,21 +116,17 @@ def save(
 ) -> None:
     """Write a LoRA as safetensors; equal input gives equal bytes.
 
-    The layout "comfy" is the one that ComfyUI, diffusers and `load` all read. It has an alpha only where that differs
-    from the rank: those three scale by alpha/rank where there is one and by 1 where there is none. "peft" (diffusers'
-    own) and "original" (the official Pusa's) have none, so B is scaled instead; the first holds diffs of biases, the
-    second no diffs. The metadata repeats rank, alpha and `base` for people; nothing depends on it.
+    ComfyUI, diffusers and `load` all read the layout "comfy". It has an alpha where that differs from the rank. "peft"
+    (diffusers' own) and "original" (the official Pusa's) have none, so B is scaled instead; the first holds diffs of
+    biases, the second no diffs. The metadata repeats rank, alpha and `base` for people; nothing depends on it.
     """
     if not lora:
         raise ValueError(f"no LoRA pairs to write to {path}; expected the result of extract or load")
     tensors, pairs = _tensors(lora, to), lora.pairs.values()
     alphas = {float(len(A) if alpha is None or to != "comfy" else alpha) for A, _, alpha in pairs}
-    facts = {
-        "format": "pt",
-        "rank": ",".join(map(str, sorted({len(A) for A, _, _ in pairs}))),
-        "alpha": ",".join(f"{alpha:g}" for alpha in sorted(alphas)),
-        **({"base": base} if base else {}),
-    }
+    rank = ",".join(map(str, sorted({len(A) for A, _, _ in pairs})))
+    facts = {"format": "pt", "rank": rank, "alpha": ",".join(f"{alpha:g}" for alpha in sorted(alphas))}
+    facts |= {"base": base} if base else {}
     with cli.replacing(path) as temporary:
         save_file(tensors, temporary, {**(metadata or {}), **facts})
         with open(temporary, "r+b") as file:  # safetensors leaves the order of the metadata to chance
@@ -149,22 +143,20 @@ def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = Fal
         raise ValueError(f"got {path} to write to, expected a name that ends in .safetensors")
     if Path(path).exists() and not overwrite:
         raise ValueError(f"{path} exists; give another name, or --overwrite")
-    tensors, metadata = _read(Path(source))
-    lora = _parse(Path(source), tensors, metadata)
+    lora, _, metadata = _open(Path(source))
     metadata.pop(_DIFFUSERS_SETTINGS, None)  # its alpha is in the pairs now
     save(path, lora, metadata=metadata, to=to)
 
 
 def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> None:
     """Print what a LoRA file holds and, given a model, whether it fits: ValueError if not."""
-    tensors, metadata = _read(Path(path))
-    lora = _parse(Path(path), tensors, metadata)
+    lora, keys, metadata = _open(Path(path))
     pairs = lora.pairs.values()
-    parts = [*(matrix for A, B, _ in pairs for matrix in (A, B)), *lora.diffs.values()]
+    parts = [*(matrix for pair in pairs for matrix in pair[:2]), *lora.diffs.values()]
     norms = {name: pair.norm() for name, pair in lora.pairs.items()}
     norms |= {name: diff.float().norm() for name, diff in lora.diffs.items()}
     rows = {
-        "written by": next(writer for mark, writer in _WRITERS.items() if any(mark in key for key in tensors)),
+        "written by": next(writer for mark, writer in _WRITERS.items() if any(mark in key for key in keys)),
         "changes": f"{len(pairs)} layers by a pair, {len(lora.diffs)} whole parameters",
         "rank": ", ".join(map(str, sorted({len(A) for A, _, _ in pairs}))),
         "alpha": ", ".join(sorted({"as the rank" if alpha is None else f"{alpha:g}" for _, _, alpha in pairs})),
@@ -184,17 +176,19 @@ def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> No
         print(f"{name:11} {textwrap.shorten(value, 300)}")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and its metadata if it is safetensors."""
+def _open(path: Path) -> tuple[LoRA, list[str], dict[str, str]]:
+    """The LoRA in a file, the keys of its tensors there, and its metadata if it is safetensors."""
     if not path.is_file():
         raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise ValueError(f"got the LoRA file {path}, expected its name to end in .safetensors, .pt, .pth or .bin")
+    metadata = {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        tensors = files.unpickle(path)
+                tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        else:
+            tensors = files.unpickle(path)
     except pickle.UnpicklingError as error:
         got = f"{path} is damaged or holds more than plain tensors, which could run code on loading"
         raise ValueError(f"{got}, so it was not loaded; get the LoRA as .safetensors") from error
@@ -202,7 +196,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} cannot be read ({error}); it may be incomplete: fetch it again") from error
     if tensors is None:
         raise ValueError(f"{path} is not a flat dict of tensors; get the LoRA as .safetensors")
-    return tensors, {}
+    return _parse(path, tensors, metadata), list(tensors), metadata
 
 
 def _parse(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> LoRA:
@@ -228,8 +222,7 @@ def _parse(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         raise ValueError(f"{got}; expected a LoRA for a text-to-video Wan: {expected}")
 
     A, B, alphas, biases_of_B = (parts[part] for part in ("A", "B", "alpha", "B's bias"))
-    incomplete = [layer for layer in {**A, **B, **alphas, **biases_of_B} if layer not in A or layer not in B]
-    if incomplete:
+    if incomplete := [layer for layer in {**A, **B, **alphas, **biases_of_B} if layer not in A or layer not in B]:
         got = f"{path}: {len(incomplete)} of {len(set().union(*parts.values()))} layers lack A or B"
         raise ValueError(f"{got}; first incomplete {incomplete[0]}; fetch the file again, or ask where it came from")
     peft_alpha = _peft_alpha(path, metadata)
@@ -259,8 +252,7 @@ def _tensors(lora: LoRA, to: str) -> dict[str, Tensor]:
     if to not in LAYOUTS:
         raise ValueError(f"got the LoRA layout {to}, expected one of {', '.join(LAYOUTS)}")
     biases = {f"{layer}.bias" for layer in lora.pairs}
-    lost = [name for name in lora.diffs if to == "original" or (to == "peft" and name not in biases)]
-    if lost:
+    if lost := [name for name in lora.diffs if to == "original" or (to == "peft" and name not in biases)]:
         got = f"{len(lost)} changes of whole parameters, such as {lost[0]}"
         raise ValueError(f"{got}, have no place in the layout {to}; use comfy")
     tensors = {}

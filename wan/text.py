@@ -7,8 +7,7 @@ umT5 is T5's encoder with a relative position bias in every block. A block is pr
     x ← x + fc2(fc1(x) · gelu(gate(x)))               of norm2(x)
 
 Parameter names are those of the published `models_t5_umt5-xxl-enc-bf16.pth`. Prompts are padded to `text_len`, and
-vectors past the prompt's end are zero: the transformer attends to them too, without a mask. `pytest tests/test_text.py`
-compares all this with the published implementation.
+vectors past the prompt's end are zero: the transformer attends to them too, without a mask.
 """
 
 import html
@@ -126,17 +125,14 @@ class UMT5Encoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
         self.norm = T5Norm(config.dim)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """T5's initialisation: each linear keeps unit variance, and q is small enough to stand in for 1/sqrt(d)."""
+        # T5's initialisation: each linear keeps unit variance, and q is small enough to stand in for 1/sqrt(d).
         nn.init.normal_(self.token_embedding.weight, std=1.0)
         for block in self.blocks:
             attn, ffn = block.attn, block.ffn
-            nn.init.normal_(attn.q.weight, std=(self.config.dim * self.config.dim_attn / attn.num_heads) ** -0.5)
+            nn.init.normal_(attn.q.weight, std=(config.dim * config.dim_attn / config.num_heads) ** -0.5)
             for linear in (attn.k, attn.v, attn.o, ffn.gate[0], ffn.fc1, ffn.fc2):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-            nn.init.normal_(block.pos_embedding["embedding"].weight, std=self.config.dim**-0.5)
+            nn.init.normal_(block.pos_embedding["embedding"].weight, std=config.dim**-0.5)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B,T) int64, mask (B,T) bool, True on the prompt's tokens → (B,T,dim), zero where the mask is False."""
@@ -195,16 +191,11 @@ def embed(tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: list[str]) -> Ten
     return encoder(ids.to(device), mask.to(device))
 
 
-def padded(embeddings: list[Tensor], text_len: int) -> Tensor:
-    """Embeddings, each (T, dim) of its own length, with zeros after their ends: (B, text_len, dim)."""
-    return torch.stack([F.pad(embedding, (0, 0, 0, text_len - len(embedding))) for embedding in embeddings])
-
-
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizers.Tokenizer:
     """A word a token, lower case, punctuation apart: for the closed vocabulary of a small model.
 
-    Ids 0, 1, 2 are `<pad>`, `</s>`, `<unk>`; words follow by frequency, then alphabet, so the same captions in any
-    order give the same ids. Words beyond `vocab_size` tokens become `<unk>`; `get_vocab_size()` tells how many it has.
+    Ids 0, 1, 2 are `<pad>`, `</s>`, `<unk>`; words follow by frequency, then alphabet, so the order of the captions
+    changes nothing. Words beyond `vocab_size` tokens become `<unk>`.
     """
     tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -218,13 +209,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizer
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, text_len: int) -> dict[str, str]:
     """What to write into a folder, {file name: text}, for `Tokenizer`, transformers and diffusers to read it."""
+    plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    plain.no_padding()  # who reads the file sets these two by itself
+    plain.no_truncation()
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": text_len,
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": text_len,
         "model_input_names": ["input_ids", "attention_mask"],
-        **{"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN},
-    }
+        "pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN,
+    }  # fmt: skip
     return {
-        "tokenizer.json": tokenizer.to_str(pretty=True) + "\n",
+        "tokenizer.json": plain.to_str(pretty=True) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
     }

@@ -3,9 +3,8 @@
 The first pixel frame becomes the first latent frame alone, and every further group of four pixel frames becomes one
 more, so `N = 4(F-1) + 1`. Every convolution in time is padded on the side of the past only. That makes two passes
 equal: the whole sequence at once (`past=None`, convolutions pad with zeros), and chunk by chunk, where `past` remembers
-the last frames that each convolution saw. A large frame can also be cut into tiles, which overlap and are blended:
-close to the whole, not equal to it, as a tile does not see what lies around it. Parameter names are those of the
-published `Wan2.1_VAE.pth`.
+the last frames that each convolution saw. Tiles of a large frame overlap and are blended: close to the whole, not equal
+to it, as a tile does not see what lies around it. Parameter names are those of the published `Wan2.1_VAE.pth`.
 
     latents = vae.encode(video)                     # (B, 3, N, 8H, 8W) in [-1, 1] -> (B, 16, F, H, W)
     video = vae.decode(latents, chunk=4)            # the same numbers, in less memory
@@ -136,9 +135,7 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim // 2, 3, padding=1)
-        )
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))  # nearest
         self.time_conv = CausalConv3d(dim, dim * 2, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, past: dict | None) -> Tensor:
@@ -158,12 +155,7 @@ class Encoder(nn.Module):
         super().__init__()
         dims = [config.dim * multiple for multiple in (1, *config.dim_mult)]
         self.conv1 = CausalConv3d(3 * config.patch_size**2, dims[0])
-        self.downsamples = nn.ModuleList()
-        for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
-            for i in range(config.num_res_blocks):
-                self.downsamples.append(ResidualBlock(dim_out if i else dim_in, dim_out))
-            if level < len(config.dim_mult) - 1:
-                self.downsamples.append(Downsample(dim_out, config.temporal_downsample[level]))
+        self.downsamples = _levels(dims, config.num_res_blocks, Downsample, config.temporal_downsample)
         self.middle = _middle(dims[-1])
         self.head = _head(dims[-1], 2 * config.z_dim)
 
@@ -177,14 +169,7 @@ class Decoder(nn.Module):
         dims = [config.dim * multiple for multiple in (config.dim_mult[-1], *config.dim_mult[::-1])]
         self.conv1 = CausalConv3d(config.z_dim, dims[0])
         self.middle = _middle(dims[0])
-        self.upsamples = nn.ModuleList()
-        for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
-            if level:
-                dim_in //= 2  # the upsampling before this level halved the channels
-            for i in range(config.num_res_blocks + 1):
-                self.upsamples.append(ResidualBlock(dim_out if i else dim_in, dim_out))
-            if level < len(config.dim_mult) - 1:
-                self.upsamples.append(Upsample(dim_out, config.temporal_downsample[::-1][level]))
+        self.upsamples = _levels(dims, config.num_res_blocks + 1, Upsample, config.temporal_downsample[::-1])
         self.head = _head(dims[-1], 3 * config.patch_size**2)
 
     def forward(self, x: Tensor, past: dict | None) -> Tensor:
@@ -201,14 +186,10 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, video: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-        """Normalised latents, the posterior's mean, in the weights' dtype.
+        """A video (B, 3, N, 8H, 8W) in [-1, 1], N = 4(F-1) + 1 → its normalised latents (B, 16, F, H, W), their mean.
 
-        Args:
-            video: (B, 3, N, 8H, 8W) in [-1, 1], with N = 4(F-1) + 1.
-            chunk: latent frames at a time; None is the whole sequence at once.
-            tile: pixels that a part of the frame is at most wide and high, 32 or more; None is the whole frame.
-                If neither is given, `pieces` decides.
-        Returns: (B, 16, F, H, W).
+        chunk: latent frames at a time; None is the whole sequence at once. tile: pixels that a part of the frame is at
+        most wide and high, 32 or more; None is the whole frame. If neither is given, `pieces` decides.
         """
         N, height, width = video.shape[2:]
         if N % 4 != 1:
@@ -217,31 +198,28 @@ class WanVAE(nn.Module):
             raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both must be multiples of 8")
         if chunk is None and tile is None:
             chunk, tile = self.pieces(len(video), (N + 3) // 4, height, width)
-        return _tiled(lambda part: self._encode(part, chunk), video, tile, 8, 1)
+        size, (mean, std) = 4 * chunk if chunk else 3 + N, self._statistics()
 
-    def _encode(self, video: Tensor, chunk: int | None) -> Tensor:
-        video, past = video.to(self.conv1.weight.dtype), {} if chunk else None
-        size = 4 * chunk if chunk else 3 + video.shape[2]
-        # The first chunk is short of three frames: its first latent stands for one frame.
-        chunks = [video[:, :, max(0, start) : start + size] for start in range(-3, video.shape[2], size)]
-        mean, std = self._statistics(video)
-        return (torch.cat([self.moments(chunk, past)[0] for chunk in chunks], dim=2) - mean) / std
+        def run(part: Tensor) -> Tensor:
+            part, past = part.to(mean.dtype), {} if chunk else None
+            # The first chunk is short of three frames: its first latent stands for one frame.
+            chunks = [part[:, :, max(0, start) : start + size] for start in range(-3, N, size)]
+            return (torch.cat([self.moments(pixels, past)[0] for pixels in chunks], dim=2) - mean) / std
+
+        return _tiled(run, video, tile, 8, 1)
 
     def decode(self, latents: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-        """The video of normalised latents (B, 16, F, H, W): (B, 3, N, 8H, 8W), clamped to [-1, 1].
-
-        `chunk` and `tile` as in `encode`.
-        """
+        """Normalised latents (B, 16, F, H, W) → a video (B, 3, N, 8H, 8W) in [-1, 1]; the rest as in `encode`."""
         B, _, frames, H, W = latents.shape
         if chunk is None and tile is None:
             chunk, tile = self.pieces(B, frames, 8 * H, 8 * W)
-        return _tiled(lambda part: self._decode(part, chunk), latents, tile, 1, 8)
+        mean, std = self._statistics()
 
-    def _decode(self, latents: Tensor, chunk: int | None) -> Tensor:
-        latents, past = latents.to(self.conv2.weight.dtype), {} if chunk else None
-        mean, std = self._statistics(latents)
-        chunks = (latents * std + mean).split(chunk or latents.shape[2], dim=2)
-        return torch.cat([self.pixels(z, past) for z in chunks], dim=2).clamp(-1, 1)
+        def run(part: Tensor) -> Tensor:
+            chunks, past = (part.to(mean.dtype) * std + mean).split(chunk or frames, dim=2), {} if chunk else None
+            return torch.cat([self.pixels(z, past) for z in chunks], dim=2).clamp(-1, 1)
+
+        return _tiled(run, latents, tile, 1, 8)
 
     def pieces(self, B: int, F: int, height: int, width: int) -> tuple[int | None, int | None]:
         """`chunk` and `tile` for (B, 3, 4(F-1)+1, height, width) pixels: None while `MEMORY` suffices for the whole.
@@ -274,10 +252,10 @@ class WanVAE(nn.Module):
         p = self.config.patch_size
         return rearrange(self.decoder(self.conv2(z), past), "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p)
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents' channels, each (C, 1, 1, 1)."""
-        statistics = torch.tensor([self.config.latents_mean, self.config.latents_std])
-        return tuple(rearrange(statistics.to(like), "two c -> two c 1 1 1"))
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' channels, each (C, 1, 1, 1), like the weights."""
+        statistics = torch.tensor([self.config.latents_mean, self.config.latents_std]).to(self.conv1.weight)
+        return tuple(rearrange(statistics, "two c -> two c 1 1 1"))
 
 
 def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, before: int, after: int) -> Tensor:
@@ -320,6 +298,18 @@ def _fade(length: int, fade: int) -> Tensor:
     """The weight of each row of a tile: 1 inside, falling linearly over the outer `fade` of both ends."""
     inwards = torch.arange(length) + 0.5
     return (torch.minimum(inwards, length - inwards) / fade).clamp(max=1)
+
+
+def _levels(dims: list[int], count: int, step: type[nn.Module], temporal: tuple[bool, ...]) -> nn.ModuleList:
+    """`count` residual blocks of each level's width, and a step to the next level's size in between."""
+    layers = nn.ModuleList()
+    for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
+        if level and step is Upsample:
+            dim_in //= 2
+        layers += [ResidualBlock(dim_out if i else dim_in, dim_out) for i in range(count)]
+        if level < len(dims) - 2:
+            layers.append(step(dim_out, temporal[level]))
+    return layers
 
 
 def _middle(dim: int) -> nn.ModuleList:
