@@ -9,18 +9,8 @@ Timesteps and modulation are fp32 whatever the network computes in: bf16 would k
 From "PUSA V1.0", arXiv 2507.16116, section 4.2.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Modulation(NamedTuple):
-    """What a noise level does to one sub-layer, each (B, F, 1, D), fp32."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
 
 
 def frame_levels(tau: Tensor, B: int, F: int) -> Tensor:
@@ -44,9 +34,9 @@ def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
-def split(modulation: Tensor, embedding: Tensor) -> list[Tensor]:
+def split(modulation: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
     """Add a layer's own table (1, n, D) to the embedding of each frame (B, F, n, D) → n tensors (B, F, 1, D), fp32."""
-    return list((modulation.float()[:, None] + embedding).split(1, dim=2))
+    return (modulation.float()[:, None] + embedding).split(1, dim=2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -84,6 +84,12 @@ def fits(value: typing.Any, kind: typing.Any) -> bool:
     return type(value) is kind or kind is float and type(value) is int
 
 
+def expect(right: typing.Any, got: str, expected: str) -> None:
+    """Raise ValueError unless it is right."""
+    if not right:
+        raise ValueError(f"got {got}, expected {expected}")
+
+
 def run(command: Callable[[], object]) -> None:
     """Run a command's main function; a mistake of the user's ends in one sentence and exit status 2."""
     try:
