@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flow import shifted
 from support import plots
-from support.cli import expect, option, parse, run
+from support.cli import expect, latent_frames, option, parse, pixel_frames, run
 
 
 class Task(NamedTuple):
@@ -85,9 +85,9 @@ def plan(
     expect(0 <= stagger <= 1, f"stagger {stagger}", "a number in [0, 1]: 0 is all at once, 1 is one by one")
 
     # Where the conditions go: images at their positions, and `count` latents at the start and the end.
-    noise = (strength,) if name == "restyle" else task.noise if noise is None else noise
-    count = len(noise) if len(noise) > 1 and (task.videos or videos) else sum(task.latents)
-    count = {"restyle": F, "stream": count if videos else 0}.get(name, count)
+    noise = (strength,) * F if name == "restyle" else task.noise if noise is None else noise
+    clips = videos or task.videos
+    count = len(noise) if clips and len(noise) > 1 else sum(task.latents) if clips or task.images else 0
     start = count * task.latents[0] // max(1, sum(task.latents))
     runs = [(("image", i), range(position, position + 1)) for i, position in enumerate(at)]
     runs += [(task.start, range(start)), (task.end, range(F - count + start, F))]
@@ -140,18 +140,6 @@ def cut(slot: Slot, pixels: Tensor) -> Tensor:
     n = pixels.shape[2]
     expect(n >= slot.frames, f"a clip of {n} frames", f"at least {slot.frames}: give a longer one, or let it fill less")
     return pixels[:, :, : slot.frames] if slot.source == "head" else pixels[:, :, -slot.frames :]
-
-
-def latent_frames(N: int) -> int:
-    """How many latent frames F hold N pixel frames, N = 4(F-1) + 1."""
-    below = max(1, N - (N - 1) % 4)
-    expect(N == below, f"{N} frames", f"4k+1 for a whole k: the nearest are {below} and {below + 4}")
-    return (N - 1) // 4 + 1
-
-
-def pixel_frames(F: int) -> int:
-    """How many pixel frames N are in F latent frames, N = 4(F-1) + 1."""
-    return 4 * (F - 1) + 1
 
 
 def latent_index(position: int, N: int) -> int:
