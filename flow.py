@@ -71,13 +71,10 @@ def bell(tau: Tensor) -> Tensor:
 
 
 def sigma_schedule(K: int, shift: float) -> Tensor:
-    """The scalar schedule σ_k of K steps, from 1 (noise) to 0 (data), `shifted` on u = linspace(1, 0, K+1) → (K+1,).
-
-    Every step has its own fp32 value: nothing is looked up by a rounded timestep, so no two steps can collide.
-    """
+    """The scalar schedule σ_k of K steps, from 1 (noise) to 0 (data), `shifted` on u = linspace(1, 0, K+1) → (K+1,)."""
     if K < 1:
         raise ValueError(f"got {K} steps, expected at least 1: 10 are enough for most videos")
-    return shifted(1 - torch.arange(K + 1, dtype=torch.float64) / K, shift).float()
+    return shifted(1 - torch.arange(K + 1, dtype=torch.float64) / K, shift).float()  # never rounded to timesteps
 
 
 def denoise(velocity: Velocity, x0: Tensor, x1: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:

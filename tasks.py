@@ -53,7 +53,7 @@ class Slot(NamedTuple):
     index: int  # which of the images, or which of the videos
     positions: tuple[int, ...]  # the latent frames that it fills
     frames: int  # how many pixel frames are encoded
-    drop: int  # how many latents are dropped from the front of the encoding
+    drop: int  # how many latents are dropped from the front: 1 past the start, where an encoding needs one before it
 
 
 class Plan(NamedTuple):
@@ -97,7 +97,6 @@ def plan(
     for position in given:
         expect(0 <= position < F, f"position {position}", f"0 to {F - 1}: pixel frame n is in latent (n + 3) // 4")
     expect(len(set(given)) == len(given), f"positions {given}", "each only once: leave out what is there twice")
-    # Past the start, an encoding needs a latent before it: see `cut`.
     slots = [Slot(*which, tuple(p), pixel_frames(len(p) + (p[0] > 0)), int(p[0] > 0)) for which, p in runs if p]
 
     m, d = torch.ones(F), torch.zeros(F)

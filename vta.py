@@ -24,8 +24,7 @@ def frame_levels(tau: Tensor, B: int, F: int) -> Tensor:
 def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep 1000 τ: τ (B, F) → (B, F, dim), cosines first, fp32.
 
-    The angles are computed in double precision, as in the published code, except on Apple's GPUs, which have none;
-    timesteps are not rounded to integers.
+    Timesteps are not rounded. Angles are in double precision, as published, but on Apple's GPUs, which have none.
     """
     half = dim // 2
     precise = torch.float32 if tau.device.type == "mps" else torch.float64

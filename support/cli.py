@@ -60,7 +60,7 @@ def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
 def check(config: T) -> T:
     """The same config. ValueError for a field with a value of another type, out of its range, or not a choice."""
     for field in dataclasses.fields(config):
-        value, within, choices = getattr(config, field.name), field.metadata.get("within"), field.metadata.get("choices")
+        value, (within, choices) = getattr(config, field.name), map(field.metadata.get, ("within", "choices"))
         flag = ("" if field.metadata.get("positional") else "--") + field.name.replace("_", "-")
         got = f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
         expect(value is field.default or fits(value, field.type), got, inspect.formatannotation(field.type))
@@ -173,13 +173,11 @@ def pick_dtype(name: str, device: str) -> "torch.dtype":
     """The torch dtype to compute in; "auto" is bfloat16 where the hardware multiplies it faster than float32."""
     import torch
 
-    if name == "auto":
-        if device.startswith("cuda"):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def parse_size(text: str) -> tuple[int, int]:
