@@ -49,7 +49,7 @@ def sample_tau(B: int, F: int, p_async: float = 1.0, shift: float = 1.0, generat
 def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: str = "none") -> Tensor:
     """Frame-aware flow matching: the mean squared error of a velocity against U = x1 - x0 → scalar, fp32.
 
-    velocity, x0, x1 (B,C,F,H,W), the velocity predicted at `interpolate(x0, x1, tau)`; tau (B,F).
+    velocity (B,C,F,H,W), as predicted at `interpolate(x0, x1, tau)`; x0, x1 (B,C,F,H,W); tau (B,F).
     weighting: "none" is the paper's loss; "bell" weights every frame by `bell` of its own τ.
     """
     error = (velocity.float() - (x1.float() - x0.float())).square()
@@ -63,8 +63,7 @@ def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: 
 def bell(tau: Tensor) -> Tensor:
     """The weight of a noise level: 0 at both ends, highest at 1/2, and 1 on average over τ in [0,1]; shaped like tau.
 
-    The published trainer's curve (DiffSynth's FlowMatchScheduler), for a continuous τ: exp(-2 (τ - 1/2)²), less its
-    least value exp(-1/2), over the mean of that, whose integral is √(π/2)·erf(√(1/2)).
+    exp(-2 (τ - 1/2)²), less its least value, over the mean of that: the curve of DiffSynth's FlowMatchScheduler.
     """
     least = math.exp(-1 / 2)
     mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(1 / 2)) - least
@@ -72,26 +71,22 @@ def bell(tau: Tensor) -> Tensor:
 
 
 def sigma_schedule(K: int, shift: float) -> Tensor:
-    """The scalar schedule σ_k of K steps, from 1 (noise) to 0 (data), `shifted` on u = linspace(1, 0, K+1) → (K+1,).
-
-    Every step has its own fp32 value: nothing is looked up by a rounded timestep, so no two steps can collide.
-    """
+    """The scalar schedule σ_k of K steps, from 1 (noise) to 0 (data), `shifted` on u = linspace(1, 0, K+1) → (K+1,)."""
     if K < 1:
         raise ValueError(f"got {K} steps, expected at least 1: 10 are enough for most videos")
-    return shifted(1 - torch.arange(K + 1, dtype=torch.float64) / K, shift).float()
+    return shifted(1 - torch.arange(K + 1, dtype=torch.float64) / K, shift).float()  # never rounded to timesteps
 
 
 def denoise(velocity: Velocity, x0: Tensor, x1: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
-    """From conditions and noise to data: start on every frame's path at taus[0], and walk to taus[-1] by `euler`.
+    """From conditions x0 and noise x1 (B,C,F,H,W) to data: start on every frame's path at taus[0], and walk by `euler`.
 
-    x0 (B,C,F,H,W) holds the conditions, x1 (B,C,F,H,W) the noise. Free frames start as pure x1, where τ = 1; a
-    condition with m > 0 is mixed with the x1 of its own place.
+    A free frame starts as pure x1, as its τ is 1; a condition with m > 0 is mixed with the x1 of its own place.
     """
     return euler(velocity, interpolate(x0, x1, taus[:1].to(x1.device)), taus, on_step)
 
 
 def euler(velocity: Velocity, z: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
-    """Walk from z (B,C,F,H,W), best in fp32, at the levels taus[0] of taus (K+1,F), to taus[-1]."""
+    """Walk from z (B,C,F,H,W), best in fp32, at the noise levels taus[0] to those at taus[-1], taus (K+1,F)."""
     if taus.dim() != 2 or taus.shape[1] != z.shape[2]:
         raise ValueError(f"got taus {tuple(taus.shape)} for {z.shape[2]} latent frames, expected (K+1, {z.shape[2]})")
     taus = taus.to(z.device)

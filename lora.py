@@ -71,13 +71,11 @@ def extract(model: nn.Module) -> LoRA:
 
 @torch.no_grad()
 def merge(model: nn.Module, lora: LoRA, strength: float = 1.0) -> None:
-    """Add `strength · (alpha/rank if alpha is given else 1) · B·A` to each weight, `strength · diff` to each parameter.
+    """Add strength · (alpha/rank) · B·A to each weight and strength · diff to each parameter, in place, summed in fp32.
 
-    In place, summed in fp32, with the rank of each layer's own A.
     Raises ValueError, before anything is changed, for a pair or diff that finds no parameter or does not fit it.
     """
-    if not math.isfinite(strength):
-        raise ValueError(f"got LoRA strength {strength}, expected a finite number such as 1.4")
+    cli.expect(math.isfinite(strength), f"LoRA strength {strength}", "a finite number such as 1.4")
     lora.check(model)
     for layer, pair in lora.pairs.items():
         weight = model.get_parameter(f"{layer}.weight")

@@ -110,18 +110,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor, rope: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, F, S, D), embedding (B, F, 6, D) → (B, F, S, D)."""
-        six = vta.split(self.modulation, embedding)
-        attend, feed = vta.Modulation(*six[:3]), vta.Modulation(*six[3:])
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vta.split(self.modulation, embedding)  # each (B, F, 1, D)
         shape, dtype = x.shape, keys[0].dtype
 
-        y = vta.modulate(self.norm1(x), attend.shift, attend.scale).to(dtype)
+        y = vta.modulate(self.norm1(x), shift_1, scale_1).to(dtype)
         y = self.self_attn(y.flatten(1, 2), rope).view(shape)  # over all frames' tokens, (B, F·S, D)
-        x = (x + attend.gate * y).to(dtype)
+        x = (x + gate_1 * y).to(dtype)
 
         x = x + self.cross_attn(self.norm3(x).to(dtype).flatten(1, 2), keys).view(shape)
 
-        y = self.ffn(vta.modulate(self.norm2(x), feed.shift, feed.scale).to(dtype))
-        return (x + feed.gate * y).to(dtype)
+        y = self.ffn(vta.modulate(self.norm2(x), shift_2, scale_2).to(dtype))
+        return (x + gate_2 * y).to(dtype)
 
 
 class Head(nn.Module):

@@ -11,7 +11,6 @@ become the table of noise levels that `flow.euler` walks, steps down and frames 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,13 +18,10 @@ from torch import Tensor
 
 from flow import shifted
 from support import plots
-from support.cli import option, parse, run
+from support.cli import expect, latent_frames, option, parse, pixel_frames, run
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a task is given, and which of it fills the start and the end of the new video."""
-
+class Task(NamedTuple):
     given: str
     start: tuple[str, int] | None = None  # ("image", which), or ("head", which) or ("tail", which) of the videos
     end: tuple[str, int] | None = None
@@ -57,154 +53,102 @@ class Slot(NamedTuple):
     index: int  # which of the images, or which of the videos
     positions: tuple[int, ...]  # the latent frames that it fills
     frames: int  # how many pixel frames are encoded
-    drop: int  # how many latents are dropped from the front of the encoding
+    drop: int  # how many latents are dropped from the front: 1 past the start, where an encoding needs one before it
 
 
 class Plan(NamedTuple):
-    """A task laid out on F latent frames: multipliers m (F,), delays d (F,), and the conditions."""
-
-    m: Tensor
-    d: Tensor
+    m: Tensor  # (F,) multipliers in [0, 1]
+    d: Tensor  # (F,) delays in [0, 1), in shares of the run
     given: list[Slot]
-
-
-def tau_schedule(
-    m: Tensor | Sequence[float], K: int, shift: float, d: Tensor | Sequence[float] | None = None
-) -> Tensor:
-    """The noise level of every frame before each of K steps, and after the last: → τ (K+1,F), fp32.
-
-    m (F,) multipliers in [0,1]; d (F,) delays in [0,1), in shares of the run; shift: the σ schedule's. Frame i waits at
-    m_i, then takes 1 - d_max of the run: the last one to begin ends with the run. Without delays τ is σ[:, None] · m.
-    """
-    m = torch.as_tensor(m, dtype=torch.float64)
-    d = torch.zeros_like(m) if d is None else torch.as_tensor(d, dtype=torch.float64)
-    if m.dim() != 1 or not len(m) or d.shape != m.shape:
-        raise ValueError(f"got m {tuple(m.shape)} and d {tuple(d.shape)}, expected one of each for a latent frame")
-    if K < 1:
-        raise ValueError(f"got {K} steps, expected at least 1: 10 are enough for most videos")
-    for what, values, low_enough, expected in (
-        ("noise", m, m <= 1, "[0, 1], where 0 keeps a condition clean and 1 leaves the frame free"),
-        ("delay", d, d < 1, "[0, 1), a share of the run"),
-    ):
-        for i in (~((values >= 0) & low_enough)).nonzero().flatten().tolist():
-            raise ValueError(f"got {what} {values[i]:g} for latent frame {i}, expected a number in {expected}")
-    steps = torch.arange(K + 1, dtype=torch.float64)[:, None]
-    u = (1 - (steps / K - d) / (1 - d.max())).clamp(0, 1)
-    u[u < 1e-6] = 0  # a frame that ends on a step ends at exactly 0, whatever the rounding
-    return (m * shifted(u, shift)).float()
-
-
-def place(name: str, F: int, images: int | None, videos: int | None, at: Sequence[int], count: int) -> list[Slot]:
-    """Where conditions go on F latent frames: `count` latents of clips, or each image; the rest as in `plan`."""
-    task = TASKS[name]
-    for what, number, needed in (("images", images, task.images), ("videos", videos, task.videos)):
-        if None not in (number, needed) and number != needed and (name, what, number) != ("stream", "videos", 1):
-            raise ValueError(f"got {number} {what} for {name}, expected {needed}: it is given {task.given}")
-    if at and task.images is not None:
-        raise ValueError(f"got positions for {name}, expected none: {name} has nothing to put them on")
-    if task.images is None and (not at or images not in (None, len(at))):
-        raise ValueError(f"got {len(at)} positions, expected one for each image, as in --at 0,4,8 for three images")
-    if name == "restyle":
-        count = F
-    elif count < 2 or not (task.videos or videos):
-        count = 0 if name == "stream" and not videos else sum(task.latents)
-    start = count * task.latents[0] // max(1, sum(task.latents))
-    runs = [("image", i, position, 1) for i, position in enumerate(at)]
-    runs += [(*task.start, 0, start)] if start else []
-    runs += [(*task.end, F - count + start, count - start)] if start < count else []
-    positions = [first + i for _, _, first, length in runs for i in range(length)]
-    if len(positions) >= F and name != "restyle":
-        raise ValueError(f"got {F} latent frames for {name}, expected more than its {len(positions)} conditions fill: "
-                         f"ask for at least --frames {pixel_frames(len(positions) + 1)}")  # fmt: skip
-    for position in positions:
-        if not 0 <= position < F:
-            raise ValueError(f"got position {position}, expected 0 to {F - 1}: positions count latent frames, "
-                             "and pixel frame n is in latent frame (n + 3) // 4")  # fmt: skip
-    if len(set(positions)) < len(positions):
-        raise ValueError(f"got positions {positions}, expected each only once: leave out what is there twice")
-    slots = []
-    for source, index, first, length in runs:
-        drop = int(first > 0)  # past the start, an encoding needs a latent before it: see `cut`
-        slots.append(Slot(source, index, tuple(range(first, first + length)), pixel_frames(length + drop), drop))
-    return slots
 
 
 def plan(
     name: str,
     F: int,
-    images: int | None = None,
-    videos: int | None = None,
-    at: Sequence[int] = (),
-    noise: Sequence[float] | None = None,
-    strength: float = 0.7,
-    stagger: float = 0.5,
+    images: int | None = None,  # how many there are; None: as many as the task needs
+    videos: int | None = None,  # `stream` may go on from one
+    at: Sequence[int] = (),  # `keyframes`: the latent frame of each image
+    noise: Sequence[float] | None = None,  # m of the conditions, one for all, or one each: as many as clips then fill
+    strength: float = 0.7,  # `restyle`: m of every frame
+    stagger: float = 0.5,  # `stream`: how far the last frame lags behind the first, 0 (all at once) to 1 (one by one)
 ) -> Plan:
-    """A task laid out on F latent frames. What the user asks for and cannot have is a ValueError.
+    """A task laid out on F latent frames. What the user asks for and cannot have is a ValueError."""
+    expect(name in TASKS, f"task {name!r}", f"one of {', '.join(TASKS)}")
+    task = TASKS[name]
+    for what, number, needed in (("images", images, task.images), ("videos", videos, task.videos)):
+        right = None in (number, needed) or number == needed or (name, what, number) == ("stream", "videos", 1)
+        expect(right, f"{number} {what} for {name}", f"{needed}: it is given {task.given}")
+    for what, values, wanted in (("positions", at, task.images is None), ("noise", noise, task.noise)):
+        expect(wanted or not values, f"{what} for {name}", f"none: {name} has nothing to put them on")
+    right = task.images is not None or (at and images in (None, len(at)))
+    expect(right, f"{len(at)} positions", "one for each image, as in --at 0,4,8 for three images")
+    expect(0 <= stagger <= 1, f"stagger {stagger}", "a number in [0, 1]: 0 is all at once, 1 is one by one")
 
-    images, videos: how many there are; None: as many as the task needs. `stream` may go on from one video.
-    at: the latent frame (0..F-1) of each image of `keyframes`.
-    noise: m of the condition latents, one for all, or one each: as many as clips then fill. None: the task's own.
-    strength: m of every frame of `restyle`.
-    stagger: how far the last frame of `stream` lags behind the first, from 0 (all at once) to 1 (one by one). A frame
-        takes 1 - d_max of the run: to give each K steps, make the run K / (1 - d_max) steps long.
-    """
-    if name not in TASKS:
-        raise ValueError(f"got task {name!r}, expected one of {', '.join(TASKS)}")
-    if noise and not TASKS[name].noise:
-        raise ValueError(f"got noise for {name}, expected none: {name} has nothing to put them on")
-    if not 0 <= stagger <= 1:
-        raise ValueError(f"got stagger {stagger}, expected a number in [0, 1]: 0 is all at once, 1 is one by one")
-    slots = place(name, F, images, videos, at, len(noise or ()))
-    given = [position for slot in slots for position in slot.positions]
-    noise = (strength,) if name == "restyle" else TASKS[name].noise if noise is None else noise
-    if len(noise) not in (1, len(given)) and (noise or given):
-        raise ValueError(f"got {len(noise)} noise values for {len(given)} condition latents, expected 1 or as many")
+    # Where the conditions go: images at their positions, and `count` latents at the start and the end.
+    noise = (strength,) * F if name == "restyle" else task.noise if noise is None else noise
+    clips = videos or task.videos
+    count = len(noise) if clips and len(noise) > 1 else sum(task.latents) if clips or task.images else 0
+    start = count * task.latents[0] // max(1, sum(task.latents))
+    runs = [(("image", i), range(position, position + 1)) for i, position in enumerate(at)]
+    runs += [(task.start, range(start)), (task.end, range(F - count + start, F))]
+    given = [position for _, positions in runs for position in positions]
+    more = f"more than its {len(given)} conditions fill: ask for at least --frames {pixel_frames(len(given) + 1)}"
+    expect(len(given) < F or name == "restyle", f"{F} latent frames for {name}", more)
+    for position in given:
+        expect(0 <= position < F, f"position {position}", f"0 to {F - 1}: pixel frame n is in latent (n + 3) // 4")
+    expect(len(set(given)) == len(given), f"positions {given}", "each only once: leave out what is there twice")
+    slots = [Slot(*which, tuple(p), pixel_frames(len(p) + (p[0] > 0)), int(p[0] > 0)) for which, p in runs if p]
+
     m, d = torch.ones(F), torch.zeros(F)
-    m[given] = torch.tensor(noise, dtype=torch.float32)
+    expect(len(noise) in (1, len(given)), f"{len(noise)} noise values for {len(given)} condition latents", "1 or all")
+    m[given] = torch.tensor(noise, dtype=m.dtype)
     if name == "stream":
         d[len(given) :] = stagger * torch.arange(F - len(given)) / (F - len(given))
     return Plan(m, d, slots)
 
 
+def tau_schedule(m: Tensor | Sequence, K: int, shift: float, d: Tensor | Sequence | None = None) -> Tensor:
+    """The noise level of every frame before each of K steps, and after the last: → τ (K+1,F), fp32.
+
+    m and d (F,) are those of a `Plan`, shift the σ schedule's. Frame i waits at m_i, then takes 1 - d_max of the run:
+    the last one to begin ends with the run. Without delays τ is σ[:, None] · m.
+    """
+    m = torch.as_tensor(m, dtype=torch.float64)
+    d = torch.zeros_like(m) if d is None else torch.as_tensor(d, dtype=torch.float64)
+    right = m.dim() == 1 and len(m) > 0 and d.shape == m.shape
+    expect(right, f"m {tuple(m.shape)} and d {tuple(d.shape)}", "one of each for a latent frame")
+    expect(K >= 1, f"{K} steps", "at least 1: 10 are enough for most videos")
+    for i, (noise, delay) in enumerate(zip(m.tolist(), d.tolist(), strict=True)):
+        expect(0 <= noise <= 1, f"noise {noise:g} for latent frame {i}", "a number in [0, 1]: 0 is clean, 1 is free")
+        expect(0 <= delay < 1, f"delay {delay:g} for latent frame {i}", "a number in [0, 1), a share of the run")
+    k = torch.arange(K + 1, dtype=torch.float64)[:, None]
+    u = (1 - (k / K - d) / (1 - d.max())).clamp(0, 1)
+    u[u < 1e-6] = 0  # a frame that ends on a step ends at exactly 0, whatever the rounding
+    return (m * shifted(u, shift)).float()
+
+
 def cut(slot: Slot, pixels: Tensor) -> Tensor:
     """The pixel frames to encode for a slot, from its image or video: (B,3,n,8H,8W) → (B,3,slot.frames,8H,8W).
 
-    The first latent of an encoding is one pixel frame alone, each later one a group of 4 that has seen those before it.
-    So k latents at the start of the video take 4(k-1)+1 frames; k latents further on take 4k+1, of which the first only
-    gives the others their past and is dropped. An image further on is 5 still frames, for the same reason.
+    The first latent of an encoding is one frame alone, each later one a group of 4 that has seen those before it. So k
+    latents at the start of the video take 4(k-1)+1 frames; further on they take 4k+1, of which the first only gives the
+    others their past, and its latent is dropped. For the same reason an image further on is 5 still frames.
     """
     if slot.source == "image":
         return pixels[:, :, :1].expand(-1, -1, slot.frames, -1, -1)
-    if pixels.shape[2] < slot.frames:
-        raise ValueError(f"got a clip of {pixels.shape[2]} frames, expected at least {slot.frames} to fill "
-                         f"{len(slot.positions)} latent frames: give a longer one, or let it fill fewer")  # fmt: skip
+    n = pixels.shape[2]
+    expect(n >= slot.frames, f"a clip of {n} frames", f"at least {slot.frames}: give a longer one, or let it fill less")
     return pixels[:, :, : slot.frames] if slot.source == "head" else pixels[:, :, -slot.frames :]
-
-
-def latent_frames(N: int) -> int:
-    """How many latent frames F hold N pixel frames, N = 4(F-1) + 1."""
-    if N < 1 or N % 4 != 1:
-        below = max(1, N - (N - 1) % 4)
-        raise ValueError(f"got {N} frames, expected 4k+1 for a whole k: the nearest are {below} and {below + 4}")
-    return (N - 1) // 4 + 1
-
-
-def pixel_frames(F: int) -> int:
-    """How many pixel frames N are in F latent frames, N = 4(F-1) + 1."""
-    return 4 * (F - 1) + 1
 
 
 def latent_index(position: int, N: int) -> int:
     """The latent frame that holds pixel frame `position`, 0..N-1: the first is alone, the others go in groups of 4."""
-    if not 0 <= position < N:
-        raise ValueError(f"got frame {position}, expected a frame of the video, 0 to {N - 1}")
+    expect(0 <= position < N, f"frame {position}", f"a frame of the video, 0 to {N - 1}")
     return (position + 3) // 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """What `python tasks.py` shows."""
-
     out: str = option("outputs/tasks", "folder for the pictures")
     frames: int = option(33, "pixel frames N, 4k+1")
     steps: int = option(10, "sampling steps K")
@@ -212,14 +156,13 @@ class Config:
 
 
 def main() -> None:
-    """Print the table of every task, at its default noise, and draw it."""
     config = parse(Config, __doc__)
     F = latent_frames(config.frames)
     for name, task in TASKS.items():
         m, d, given = plan(name, F, at=(0, F // 2, F - 1) if name == "keyframes" else ())
         taus = tau_schedule(m, config.steps, config.shift, d)
         marks = [(slot.source, slot.positions) for slot in given]
-        plots.tau_table(Path(config.out) / f"{name}.png", taus, marks, f"{name}: {task.given}")
+        plots.tau_table(f"{config.out}/{name}.png", taus, marks, f"{name}: {task.given}")
         print(f"{name}: {task.given}\n\n{plots.table(taus)}\n")
     print(f"pictures: {config.out}")
 

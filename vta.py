@@ -9,18 +9,8 @@ Timesteps and modulation are fp32 whatever the network computes in: bf16 would k
 From "PUSA V1.0", arXiv 2507.16116, section 4.2.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Modulation(NamedTuple):
-    """What a noise level does to one sub-layer, each (B, F, 1, D), fp32."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
 
 
 def frame_levels(tau: Tensor, B: int, F: int) -> Tensor:
@@ -34,8 +24,7 @@ def frame_levels(tau: Tensor, B: int, F: int) -> Tensor:
 def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep 1000 τ: τ (B, F) → (B, F, dim), cosines first, fp32.
 
-    The angles are computed in double precision, as in the published code, except on Apple's GPUs, which have none;
-    timesteps are not rounded to integers.
+    Timesteps are not rounded. Angles are in double precision, as published, but on Apple's GPUs, which have none.
     """
     half = dim // 2
     precise = torch.float32 if tau.device.type == "mps" else torch.float64
@@ -44,9 +33,9 @@ def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
-def split(modulation: Tensor, embedding: Tensor) -> list[Tensor]:
+def split(modulation: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
     """Add a layer's own table (1, n, D) to the embedding of each frame (B, F, n, D) → n tensors (B, F, 1, D), fp32."""
-    return list((modulation.float()[:, None] + embedding).split(1, dim=2))
+    return (modulation.float()[:, None] + embedding).split(1, dim=2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import os
 import shutil
 import sys
+import time
 import types
 import typing
 import uuid
@@ -58,18 +60,14 @@ def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
 def check(config: T) -> T:
     """The same config. ValueError for a field with a value of another type, out of its range, or not a choice."""
     for field in dataclasses.fields(config):
-        value, expected = getattr(config, field.name), None
-        within, choices = field.metadata.get("within"), field.metadata.get("choices")
-        if not fits(value, field.type) and value is not field.default:
-            expected = inspect.formatannotation(field.type)
-        elif value is not None and choices and value not in choices:
-            expected = f"one of {', '.join(choices)}"
-        elif value is not None and within and not within[0] <= value <= within[1]:
-            expected = within[2]
-        if expected:
-            flag = "" if field.metadata.get("positional") else "--"
-            got = f"{value:g}" if isinstance(value, float) else value
-            raise ValueError(f"got {flag}{field.name.replace('_', '-')} {got}, expected {expected}")
+        value, (within, choices) = getattr(config, field.name), map(field.metadata.get, ("within", "choices"))
+        flag = ("" if field.metadata.get("positional") else "--") + field.name.replace("_", "-")
+        got = f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
+        expect(value is field.default or fits(value, field.type), got, inspect.formatannotation(field.type))
+        if value is not None and choices:
+            expect(value in choices, got, f"one of {', '.join(choices)}")
+        if value is not None and within:
+            expect(within[0] <= value <= within[1], got, within[2])
     return config
 
 
@@ -84,16 +82,20 @@ def fits(value: typing.Any, kind: typing.Any) -> bool:
     return type(value) is kind or kind is float and type(value) is int
 
 
-def run(command: Callable[[], object]) -> None:
+def expect(right: typing.Any, got: str, expected: str) -> None:
+    """Raise ValueError unless it is right."""
+    if not right:
+        raise ValueError(f"got {got}, expected {expected}")
+
+
+def run(command: Callable[[], None]) -> None:
     """Run a command's main function; a mistake of the user's ends in one sentence and exit status 2."""
     try:
-        command()
+        return command()
     except KeyboardInterrupt as stop:
-        after_progress, status = "\n" if sys.stderr.isatty() else "", 130  # what a shell expects after Ctrl-C
-        sentence = str(stop) or "stopped"
+        status, sentence = 130, str(stop) or "stopped"  # as a shell expects after Ctrl-C
     except (ValueError, OSError, RuntimeError) as error:
-        after_progress, status = "", 2
-        kind = type(error).__name__  # torch's, which may not be loaded
+        status, sentence, kind = 2, " ".join(str(error).split()), type(error).__name__  # torch's may not be loaded
         if kind == "OutOfMemoryError":
             sentence = "the device has not enough memory for this; try a smaller --size or --frames; --offload to "
             sentence += "sample; --gradient-checkpointing or --accumulate to train"
@@ -102,10 +104,7 @@ def run(command: Callable[[], object]) -> None:
             sentence = f"--compile failed ({reason}); leave it out, or install a C++ compiler, for a GPU also Triton"
         elif isinstance(error, RuntimeError) or os.environ.get("NANOPUSA_TRACEBACK"):
             raise
-        else:
-            sentence = " ".join(str(error).split())
-    else:
-        return
+    after_progress = "\n" if status == 130 and sys.stderr.isatty() else ""
     print(f"{after_progress}{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(status)
 
@@ -134,40 +133,27 @@ def write_json(path: Path | str, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class Progress(tqdm):
+class Progress:
     """One line on stderr with the share done, the time left, and whatever figures the caller has.
 
     A terminal redraws it twice a second at most; a log gets a line every 30 seconds, for the first step and the last.
     """
 
-    monitor_interval = 0  # no thread that draws in between
-
     def __init__(self, total: int, label: str, done: int = 0) -> None:
-        pause, line = 0.5 if sys.stderr.isatty() else 30, "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
-        # With the smallest of delays nothing is drawn before the first step.
-        super().__init__(
-            None, label, total, initial=done, mininterval=pause, miniters=1, smoothing=0, delay=1e-9, bar_format=line
-        )
-        self.last_print_t = 0.0  # long ago: the first step is drawn
-
-    @property
-    def done(self) -> int:
-        return self.n
+        self.total, self.label, self.before, self.done = total, label, done, done
+        self.begun, self.drawn = time.monotonic(), -math.inf
 
     def step(self, **figures: float) -> None:
         """Count one step; redraw the line if it is time."""
-        self.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-        if self.n + 1 >= self.total:
-            self.last_print_t = 0.0
-        self.update()
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        terminal = sys.stderr.isatty()  # it draws over the last line, which a log cannot
-        start, end = "\r\033[K" if terminal else "", "" if terminal and self.n < self.total else "\n"
-        print(f"{start}{self}", end=end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:  # of a run that ended early too, which has then said why
-        self.disable = True
+        self.done, now, terminal = self.done + 1, time.monotonic(), sys.stderr.isatty()
+        if self.done < self.total and now - self.drawn < (0.5 if terminal else 30):
+            return
+        left = (now - self.begun) / (self.done - self.before) * (self.total - self.done)
+        line = f"{self.label} {self.done}/{self.total}, {tqdm.format_interval(left)} left"
+        line += "".join(f", {name}={value:.4g}" for name, value in figures.items())
+        start, end = ("\r\033[K", "\n" if self.done >= self.total else "") if terminal else ("", "\n")
+        print(start + line, end=end, file=sys.stderr, flush=True)
+        self.drawn = now
 
 
 def pick_device(name: str | None) -> str:
@@ -187,20 +173,29 @@ def pick_dtype(name: str, device: str) -> "torch.dtype":
     """The torch dtype to compute in; "auto" is bfloat16 where the hardware multiplies it faster than float32."""
     import torch
 
-    if name == "auto":
-        if device.startswith("cuda"):
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """Width and height in pixels of `832x480`."""
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise ValueError(f"got size {text!r}, expected WIDTHxHEIGHT such as 832x480")
-    if int(width) % 16 or int(height) % 16 or not int(width) * int(height):
-        raise ValueError(f"got size {text}, expected multiples of 16: 8 pixels a latent, 2 latents a patch")
+    expect(width.isdigit() and height.isdigit(), f"size {text!r}", "WIDTHxHEIGHT such as 832x480")
+    right = int(width) % 16 == int(height) % 16 == 0 < int(width) * int(height)
+    expect(right, f"size {text}", "multiples of 16: 8 pixels a latent, 2 latents a patch")
     return int(width), int(height)
+
+
+def latent_frames(N: int) -> int:
+    """How many latent frames F hold N pixel frames, N = 4(F-1) + 1."""
+    below = max(1, N - (N - 1) % 4)
+    expect(N == below, f"{N} frames", f"4k+1 for a whole k: the nearest are {below} and {below + 4}")
+    return (N - 1) // 4 + 1
+
+
+def pixel_frames(F: int) -> int:
+    """How many pixel frames N are in F latent frames, N = 4(F-1) + 1."""
+    return 4 * (F - 1) + 1

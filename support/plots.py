@@ -33,7 +33,7 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
     data_to_noise = colors.LinearSegmentedColormap.from_list("", ("#fff4de", "#e86a5c", "#2c1e54"))
     with style.context(STYLE):
         sheet = figure.Figure(figsize=(F * width, K1 * height), dpi=100)  # of the cells; what lies around is saved too
-        axes = sheet.add_axes((0, 0, 1, 1), xlabel="latent frame", ylabel="step")
+        axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, F), ylim=(K1, 0), xlabel="latent frame", ylabel="step")
         cells = axes.pcolormesh(levels, cmap=data_to_noise, vmin=0, vmax=1, edgecolors="white", snap=True)
         cells.set_linewidth(min(1, 6 * height))
         if width >= 0.36 and height >= 0.16:
@@ -52,7 +52,6 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
         if given:
             axes.text(-0.1 / width, below, "given", color="#1b998b", ha="right", va="center_baseline")
             axes.tick_params(axis="x", pad=20)
-        axes.set(xlim=(0, F), ylim=(K1, 0))
         bar = axes.inset_axes((1 + 0.3 / (F * width), 0, 0.16 / (F * width), 1))
         sheet.colorbar(cells, bar, ticks=(0, 1), format=lambda tau, _: "1 noise" if tau else "0 data")
         axes.set_title(title, loc="left", fontsize=14, pad=24, color="#222222")
@@ -64,13 +63,10 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
 def curves(
     title: str, metrics: Sequence[dict], panels: Sequence[Sequence[str]], best: int | None = None, points: int = 400
 ) -> str:
-    """Charts over the steps of a training, side by side as one SVG.
+    """Charts over the steps of a training, side by side as one SVG; empty text if nothing was measured.
 
-    metrics  the figures of each step, by name.
-    panels   the names of the figures in each chart, which has a range of its own; what was never measured is left out,
-             and if nothing was, the SVG is empty text.
-    best     a step to mark.
-    points   a longer line shows the means of so many equal stretches.
+    metrics: the figures of each step, by name; panels: the names in each chart, which has a range of its own;
+    best: a step to mark; points: a longer line shows the means of so many equal stretches.
     """
     from matplotlib import figure, style, ticker
 

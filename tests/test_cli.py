@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import tqdm.std
 from small import call, mistake, model_fixture  # noqa: F401 (a fixture)
 from torch._inductor.exc import InductorError
 
@@ -208,7 +207,7 @@ class _Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = _Clock()
-    monkeypatch.setattr(tqdm.std, "time", clock)
+    monkeypatch.setattr(cli.time, "monotonic", clock)
     return clock
 
 
