@@ -108,6 +108,30 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     return sum(storage.nbytes() for storage in saved - own)  # several views of one storage count once
 
 
+def training(
+    outline: nn.Module, trainable: Callable[[nn.Module], list[nn.Parameter]], recompute: Callable[[nn.Module], None],
+    shape: Sequence[int], stored: torch.dtype, dtype: torch.dtype, gpus: int, steps: int, batch: int,
+) -> str:  # fmt: skip
+    """Parameters, operations and memory of a training, in words.
+
+    outline: the transformer on "meta", made ready for training; the arguments up to `gpus` are those of `memory`; the
+    training has so many steps, each of `batch` windows.
+    """
+    trained = sum(p.numel() for p in outline.parameters() if p.requires_grad)
+    of = partial(memory, type(outline), outline.config, trainable)
+    plain, thrifty = (of(again, shape, stored, dtype, gpus) for again in (None, recompute))
+    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
+    rows = zip((*Memory._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
+    return "\n".join([
+        f"{trained / 1e6:.2f} M trainable parameters, {(_count(outline) - trained) / 1e6:.2f} M frozen",
+        f"{steps} steps of {batch} windows of up to {tokens(shape)} tokens: "
+        f"{steps * batch * window_flops(outline, shape[1:]):.3g} FLOP",
+        f"memory of {f'each of {gpus} GPUs' if gpus > 1 else 'the device'}, windows at a time: {shape[0]}",
+        "                    plain      with --gradient-checkpointing",
+        *(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}" for name, a, b in rows),
+    ])  # fmt: skip
+
+
 def sampling(
     parts: tuple[nn.Module, nn.Module, nn.Module], shape: Sequence[int], passes: int, decoding: float,
     dtype: torch.dtype, device: str, stays: bool = False,

@@ -8,6 +8,7 @@ whole or not at all. A run that goes on from step N writes the lines after N aga
 writes, and a state does not depend on how many they were.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,19 @@ def newest_state(out: Path | str) -> Path | None:
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters of a model, sharded or not, by name; {} on processes other than the first."""
     return state_dict.get_model_state_dict(model, options=_TRAINED)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for a model's weights and config, so that the results of another model are never taken for this one's.
+
+    Only every n-th value of a large tensor is hashed: all would take a minute, and training changes them all anyway.
+    """
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 65536)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Run:
@@ -73,10 +87,11 @@ class Run:
     def open(self, model: nn.Module, optimizers: Sequence[Optimizer], inputs: dict, facts: dict) -> Iterator[range]:
         """Go on from the last state: yields the steps to do. In the block, Ctrl-C does not cut a step in two.
 
-        inputs: fingerprints of what the run is made from; ValueError if one changed since the run began.
-        facts: for facts.json.
+        inputs: fingerprints of what the run is made from, as the first process knows them; ValueError if one changed
+        since the run began. facts: for facts.json, which tells the device too.
         """
-        self.model, self.optimizers, self.inputs, self.stop = model, optimizers, inputs, False
+        self.model, self.optimizers, self.stop = model, optimizers, False
+        self.inputs = distributed.broadcast(inputs)
         if self.state:
             self._restore()
         if distributed.rank() == 0:
@@ -113,10 +128,16 @@ class Run:
             if unfinished.is_file():
                 unfinished.unlink()
         cli.write_json(self.out / "settings.json", self.settings)
-        cli.write_json(self.out / "facts.json", facts)
+        cli.write_json(self.out / "facts.json", facts | {"device": self._devices()})
         lines = [line for line in report.read_metrics(self.out) if line["step"] <= self.figures["step"]]
         with cli.replacing(self.out / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def _devices(self) -> str:
+        device, many = self.settings["device"], distributed.size()
+        on_gpu = torch.device(device).type == "cuda"
+        name = torch.cuda.get_device_name(device) if on_gpu else f"{device.upper()}, threads: {torch.get_num_threads()}"
+        return f"{many} x {name}" if many > 1 else name
 
     def _ask_to_stop(self, number: int, frame) -> None:
         """Ctrl-C once: stop after this step. Twice: stop now, and lose what was done since the last save."""
