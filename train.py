@@ -12,17 +12,14 @@ A step depends on the seed and its own number alone, so a run that was stopped, 
 `--resume` as if it had not been: on a CPU, with the same number of threads, its LoRA is the same to the byte.
 Everything is written to `runs/NAME/`; `python -m support.report` makes a page of it.
 
-`--expert` trains one of Wan2.2's two transformers. It draws τ over all of [0, 1], not on its own side of the boundary
-alone: its conditions are at m·σ when it samples, often 0, so it must have seen clean frames.
+An expert of Wan2.2 (`--expert`) draws τ over all of [0, 1], not on its side of the boundary alone: its conditions are
+often clean when it samples (m·σ = 0), so it must have seen clean frames.
 """
 
-import dataclasses
-import functools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +36,12 @@ from support.dataset import Dataset
 from wan import checkpoint
 from wan.checkpoint import Opened
 
+_ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 _COUNT = (1, 10**9, "at least 1")
 _PROBABILITY = (0, 1, "a probability in [0, 1]")
-_ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+_ALPHA = (_ABOVE_0, 1e300, "a positive number, such as the rank")
+_RATE = (_ABOVE_0, _BELOW_1, "a number between 0 and 1, such as 1e-3")
+_LEVEL = (_ABOVE_0, _BELOW_1, "a noise level between 0 and 1, such as 0.875")
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,8 @@ class TrainConfig:
     buckets: bool = cli.option(True, "keep the shape of each clip; --no-buckets crops all to --size")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 of a window (default: the model's own)")
     rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B", _COUNT)
-    alpha: float | None = cli.option(
-        None, "LoRA alpha (default: the rank)", (_ABOVE_0, 1e300, "a positive number, such as the rank")
-    )
-    lr: float = cli.option(
-        1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B",
-        (_ABOVE_0, _BELOW_1, "a number between 0 and 1, such as 1e-3"),
-    )  # fmt: skip
+    alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", _ALPHA)
+    lr: float = cli.option(1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B", _RATE)
     steps: int = cli.option(300, "optimizer steps", _COUNT)
     batch: int = cli.option(8, "windows a step", _COUNT)
     accumulate: int = cli.option(1, "parts that a step's batch is taken in, one after another, to save memory", _COUNT)
@@ -71,10 +66,7 @@ class TrainConfig:
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
     drop_caption: float = cli.option(0.1, "probability of training without the caption, for guidance", _PROBABILITY)
     expert: str | None = cli.option(None, "which of Wan2.2's two transformers to train", choices=("high", "low"))
-    boundary: float | None = cli.option(
-        None, "with --expert: noise level that parts the two (default: the model's)",
-        (_ABOVE_0, _BELOW_1, "a noise level between 0 and 1, such as 0.875"),
-    )  # fmt: skip
+    boundary: float | None = cli.option(None, "with --expert: level that parts the two (default: the model's)", _LEVEL)
     full: bool = cli.option(False, "train all weights of the transformer instead of a LoRA")
     from_scratch: bool = cli.option(False, "with --full: start from random weights, and train the text encoder too")
     muon: bool = cli.option(False, "with --full: train the blocks' matrices by Muon, faster from scratch than AdamW")
@@ -91,9 +83,8 @@ class TrainConfig:
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
 
 
-# Flags that may differ when a run goes on: they say where and how it is computed, not what. The data may have moved;
-# that they are the same is told by their content. --steps may only be raised: the learning rate, which comes down by
-# them, then goes on from where it would be in the longer run.
+# Flags that may differ when a run goes on: they say where and how it is computed, not what. The data may have moved,
+# as their content tells that they are the same. --steps may be raised too: the learning rate then comes down later.
 _MAY_CHANGE = {
     "data", "out", "cache", "strict", "accumulate", "gradient_checkpointing", "save_every", "keep", "val_every",
     "sample_every", "resume", "dry_run", "gpus", "compile", "device",
@@ -120,9 +111,9 @@ def train(config: TrainConfig) -> Path:
     trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(config, list(models.values()))
     parts = range(config.accumulate * distributed.size())  # of each step's batch
-    flops = functools.cache(partial(cost.window_flops, outline(opened, config)))  # of a window, by its latents' shape
+    flops = cache(partial(cost.window_flops, outline(opened, config)["transformer"]))
 
-    with run.open(models, optimizers, inputs, facts(config, clips, models)) as steps:
+    with run.open(models, optimizers, inputs, {"base": config.model, **dataset.facts(clips)}) as steps:
         for step in steps:
             begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -165,10 +156,13 @@ def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict,
     """The data, the models with what is trained, on their device, and fingerprints of what the run is made from."""
     encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
     clips = prepare(opened, config, encoder)
-    first, alone = distributed.rank() == 0, distributed.size() == 1
-    device = config.device if alone and not config.from_scratch else "cpu"
-    # The first of several processes loads the transformer and gives the others their shards.
-    transformer = opened.transformer(_stored(config), device, config.expert or "high") if first else opened.outline()[0]
+    first, alone, dtype = distributed.rank() == 0, distributed.size() == 1, getattr(torch, config.dtype)
+    if first:  # frozen weights need not be finer than they compute
+        stored = torch.float32 if config.full else dtype
+        device = config.device if alone and not config.from_scratch else "cpu"
+        transformer = opened.transformer(stored, device, config.expert or "high")
+    else:  # it gets its shards from the first process
+        transformer = opened.outline()[0]
     models = nn.ModuleDict({"transformer": transformer} | ({"text_encoder": encoder} if encoder else {}))
     torch.manual_seed(config.seed)
     for model in models.values() if config.from_scratch else ():
@@ -186,17 +180,14 @@ def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict,
 
 
 def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
-    """Encode all clips and captions, or find what an earlier run encoded.
-
-    encoder: the text encoder if it is trained too, and prompts become something else at every step.
-    """
+    """Encode clips and captions, or find what an earlier run encoded; encoder: of text, if it is trained too."""
     vae, tokenizer, dtype = opened.vae(device=config.device), opened.tokenizer(), getattr(torch, config.dtype)
 
     def encode(window: Tensor) -> Tensor:
         with _autocast(config.device, dtype):
             return vae.encode(window.to(config.device))
 
-    def context_of(captions: list[str]) -> Callable[[list[str]], Tensor]:
+    def context_of(captions: list[str]) -> dataset.Context:
         if encoder:
             return lambda prompts: encoder(*(tensor.to(config.device) for tensor in tokenizer(prompts)))
         stored = partial(opened.encode_prompts, dtype=dtype, device=config.device, cache_folder=config.cache)
@@ -204,19 +195,12 @@ def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> D
         return lambda prompts: embed(prompts).to(config.device)
 
     name = f"{resume.fingerprint(vae)} {config.dtype}"
-    look = (config.data, _cut(opened, config), config.strict)
-    return dataset.prepare(*look, encode, name, config.cache, context_of, config.seed)
-
-
-def _cut(opened: Opened, config: TrainConfig) -> dataset.Cut:
-    return dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
+    cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
+    return dataset.prepare(config.data, cut, config.strict, encode, name, config.cache, context_of, config.seed)
 
 
 def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch:
-    """One part of a step's batch: windows of one bucket, captions, noise, and τ by PTSS.
-
-    All of it follows from the seed and the step, and is drawn for the whole batch, whichever part is asked for.
-    """
+    """One part of a step's batch, drawn from seed and step alone: windows of a bucket, prompts, noise, τ by PTSS."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     picked = dataset.batch_of(step, config.batch, clips.training, config.seed)
     mine = slice(part, None, config.accumulate * distributed.size())
@@ -229,9 +213,7 @@ def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch
     return Batch(x0, x1[mine], tau[mine], prompts[mine], len(x0) / B)
 
 
-def step_loss(
-    network: nn.Module, batch: Batch, context: Callable[[list[str]], Tensor], weighting: str, device: str
-) -> Tensor:
+def step_loss(network: nn.Module, batch: Batch, context: dataset.Context, weighting: str, device: str) -> Tensor:
     """The FAFM loss of one part of a step's batch, times its share: these add up to the loss of the batch."""
     x0, x1, tau = (tensor.to(device) for tensor in (batch.x0, batch.x1, batch.tau))
     velocity = network(flow.interpolate(x0, x1, tau), tau, context(batch.prompts))
@@ -242,23 +224,19 @@ def step_loss(
 def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, float]:
     """Losses on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
 
-    The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
-    all frames (`sync`), one each (`async`), and the first frame clean, one for the others (`clean`).
-
-    `copy` asks what the network takes from a clean frame: the first is at τ = 0 and all others are pure noise, and only
-    the frame after the clean one counts. Its loss is the error of that frame as predicted in a single step: 0 if it is
-    right to the bit, about 1, the variance of the latents, if the network uses the prompt alone.
+    One loss for each kind of τ: the same for all frames (`sync`), one each (`async`), the first frame clean and one for
+    the others (`clean`). `copy` is the error of the frame after a clean one, all others being pure noise, as predicted
+    in a single step: 0 if it is right to the bit, about 1, the variance of the latents, if the prompt alone is used.
     """
     shown = clips.validation[:16]
     V, F = len(shown), clips.latents[shown[0]].shape[1]
     generator = torch.Generator().manual_seed(0)
     x1s = [torch.randn(clips.latents[i].shape, generator=generator) for i in shown]
     together = ((torch.arange(V) + 0.5) / V)[:, None].repeat(1, F)  # evenly over [0, 1]
-    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together.clone()}
+    later = (torch.arange(F) > 0).float()  # 0 for the first frame
+    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together * later}
     if F > 1:
-        taus["copy"] = torch.ones(V, F)
-    for name in taus.keys() & {"clean", "copy"}:
-        taus[name][:, 0] = 0
+        taus["copy"] = later.repeat(V, 1)
     losses = dict.fromkeys(taus, 0.0)
     for bucket in dataset.by_shape([x1.shape for x1 in x1s], range(V)):
         for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
@@ -315,57 +293,35 @@ def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.
     return optimizers
 
 
-def outline(opened: Opened, config: TrainConfig) -> Wan:
-    """The transformer without memory, made ready for training."""
-    transformer = opened.outline()[0]
+def outline(opened: Opened, config: TrainConfig) -> nn.ModuleDict:
+    """The models without memory, the transformer made ready for training."""
+    transformer, _, encoder = opened.outline()
     trainable(transformer, config)
     if config.gradient_checkpointing:
         recompute_blocks(transformer)
-    return transformer
+    return nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
 
 
-def rehearse(config: TrainConfig) -> str:
-    """What a run would see and need, without its weights: clips, buckets, parameters, memory."""
+def rehearse(config: TrainConfig) -> None:
+    """Print what a run would see and need, without its weights: clips, buckets, parameters, memory."""
     opened = checkpoint.open(config.model, Wan)
     config = checked(config, opened)
-    sources, skipped = dataset.look_through(config.data, cut := _cut(opened, config), config.strict)
+    cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
+    sources, skipped = dataset.look_through(config.data, cut, config.strict)
     width, height = max((source.size for source in sources), key=math.prod)
-    at_a_time = math.ceil(config.batch / config.gpus / config.accumulate)
+    at_a_time, dtype = math.ceil(config.batch / config.gpus / config.accumulate), getattr(torch, config.dtype)
     shape = (at_a_time, opened.config.in_dim, tasks.latent_frames(config.frames), height // 8, width // 8)
-    needed = cost.training(
-        outline(opened, config), partial(trainable, config=config), recompute_blocks, shape,
-        _stored(config), getattr(torch, config.dtype), config.gpus, config.steps, config.batch,
-    )  # fmt: skip
-    return f"{dataset.summary(sources, skipped, cut)}\n{needed}"
-
-
-def facts(config: TrainConfig, clips: Dataset, models: nn.ModuleDict) -> dict:
-    """What facts.json says of a run."""
-    return {
-        "base": config.model,
-        "parameters": sum(p.numel() for p in models["transformer"].parameters()),
-        "trained": sum(p.numel() for p in models.parameters() if p.requires_grad),
-        "windows": len(clips.latents),
-        "buckets": len(clips.training),
-        "dataset": clips.digest,
-        "skipped": [(path.name, reason) for path, reason in clips.skipped],
-    }
-
-
-def full_models(opened: Opened, models: nn.ModuleDict, config: TrainConfig) -> nn.ModuleDict:
-    """The models with full parameters. The first of several processes gets those that are trained, on the CPU."""
-    if distributed.size() == 1:
-        return models
-    transformer, _, encoder = opened.outline()
-    trainable(transformer, config)
-    full = nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
-    full.load_state_dict(resume.full_weights(models), strict=False, assign=True)
-    return full
+    stored = torch.float32 if config.full else dtype
+    print(dataset.summary(sources, skipped, cut))
+    print(cost.training(
+        outline(opened, config)["transformer"], partial(trainable, config=config), recompute_blocks, shape, stored,
+        dtype, config.gpus, config.steps, config.batch,
+    ))  # fmt: skip
 
 
 def write(path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int) -> None:
     """Write what is trained, as it is after a step: a LoRA, or the opened model with it; digest: of the dataset."""
-    models = full_models(opened, models, config)
+    models = resume.full_models(models, outline(opened, config))
     if distributed.rank() > 0:
         return
     if config.full:
@@ -394,11 +350,10 @@ def filmstrip(
         x0 = clips.latents[index][None].to(config.device)
         F, N = x0.shape[2], tasks.pixel_frames(x0.shape[2])
         x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(config.device)
-        context = clips.context([clips.prompts[index]])
+        velocity = partial(transformer, context=clips.context([clips.prompts[index]]))
         titles = (f"clip: {clips.prompts[index]}", "from its first frame", "from its prompt")
         for title, m in zip(titles, ([0.0] * F, [0.0] + [1.0] * (F - 1), [1.0] * F), strict=True):
             taus = tasks.tau_schedule(m, preset.steps, preset.shift)[own]
-            velocity = partial(transformer, context=context)
             latents = flow.denoise(velocity, x0, x1, taus) if any(m) else x0
             rows.append((title, vae.decode(latents)[0].float().cpu()))
             marks.append([m[tasks.latent_index(n, N)] == 0 for n in range(N)])
@@ -408,11 +363,6 @@ def filmstrip(
 def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     """Compute in `dtype` what bears it; the weights stay as they are."""
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-
-
-def _stored(config: TrainConfig) -> torch.dtype:
-    """The type to hold weights in: frozen ones need not be finer than they compute."""
-    return torch.float32 if config.full else getattr(torch, config.dtype)
 
 
 def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
@@ -445,7 +395,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
     frames = opened.preset.frames if config.frames is None else config.frames
     tasks.latent_frames(frames)
     device = cli.pick_device(config.device)
-    return cli.check(dataclasses.replace(
+    return cli.check(replace(
         config, size=f"{width}x{height}", frames=frames, cache=config.cache or str(Path(config.data) / ".cache"),
         boundary=opened.preset.boundary if expert and config.boundary is None else config.boundary,
         device=device, dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
@@ -455,11 +405,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
 def main() -> None:
     config = cli.parse(TrainConfig, __doc__)
     with distributed.process_group(config.device) as device:
-        config = dataclasses.replace(config, device=device)
-        if config.dry_run:
-            print(rehearse(config))
-        else:
-            train(config)
+        (rehearse if config.dry_run else train)(replace(config, device=device))
 
 
 if __name__ == "__main__":

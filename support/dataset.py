@@ -22,6 +22,8 @@ from torch import Tensor
 
 from support import cache, cli, distributed, media
 
+Context = Callable[[list[str]], Tensor]  # B prompts → (B, text_len, text_dim)
+
 
 class Clip(NamedTuple):
     path: Path
@@ -57,7 +59,7 @@ class Dataset(NamedTuple):
 
     latents: Sequence[Tensor]
     prompts: list[str]  # of each window
-    context: Callable[[list[str]], Tensor]  # B prompts → (B, text_len, text_dim)
+    context: Context
     validation: list[int]  # a window of each clip that no training step sees
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
     digest: str = ""  # of everything above
@@ -230,7 +232,7 @@ def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
 
 def prepare(
     folder: Path | str, cut: Cut, strict: bool, encode: Callable[[Tensor], Tensor], encoder_name: str,
-    cache_folder: Path | str, context_of: Callable[[list[str]], Callable[[list[str]], Tensor]], seed: int,
+    cache_folder: Path | str, context_of: Callable[[list[str]], Context], seed: int,
 ) -> Dataset:  # fmt: skip
     """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
 
@@ -260,6 +262,14 @@ def prepare(
         digest=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
         skipped=skipped,
     )
+
+
+def facts(dataset: Dataset) -> dict:
+    """What facts.json says of the data."""
+    return {
+        "windows": len(dataset.latents), "buckets": len(dataset.training), "dataset": dataset.digest,
+        "skipped": [(path.name, reason) for path, reason in dataset.skipped],
+    }  # fmt: skip
 
 
 def latents(
