@@ -69,10 +69,10 @@ def memory(
 ) -> Memory:  # fmt: skip
     """What training takes on each GPU, which sees latents of a shape (B, C, F, H, W) at a time.
 
-    Runs one and two layers of `network`, since all that is measured is linear in the layers. trainable(transformer)
-    makes ready what is trained and returns it; recompute(transformer) turns on gradient checkpointing. Weights are
-    `stored` in one dtype and compute in the other. Weights, gradients and optimizer are sharded over the GPUs (FSDP).
-    Left out: the CUDA context, temporaries of one operation (a few percent each), and a text encoder in training.
+    Runs one and two layers of `network`, as all that is measured is linear in the layers. trainable(transformer) makes
+    ready and returns what is trained; recompute(transformer) turns on gradient checkpointing. Weights are `stored` in
+    one dtype and compute in the other; with gradients and optimizer they are sharded over the GPUs (FSDP). Left out:
+    the CUDA context, temporaries of one operation (a few percent each), and a text encoder in training.
     """
 
     def measure(layers: int) -> Tensor:

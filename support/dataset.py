@@ -2,7 +2,6 @@
 
 For training, a clip of any size, length and frame rate is brought to the model's frame rate, cut into windows of N
 frames, and scaled to a size near its own shape. Windows of one size are a bucket, and a batch comes from one bucket.
-`python train.py --data clips/` reads captions and clips through this file.
 """
 
 import csv
@@ -104,9 +103,8 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{path} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
         return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
     suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
-    files = [path for place in (folder, folder / "train") if place.is_dir() for path in place.iterdir()]
-    files = [path for path in files if path.suffix.lower() in suffixes]
-    return [(path.relative_to(folder).as_posix(), "") for path in files if not path.name.startswith(".")]
+    files = [path for pattern in ("[!.]*", "train/[!.]*") for path in folder.glob(pattern)]
+    return [(path.relative_to(folder).as_posix(), "") for path in files if path.suffix.lower() in suffixes]
 
 
 def _row(row: dict | str, where: str) -> tuple[str, str]:
@@ -247,7 +245,7 @@ def prepare(
         tell_skipped(skipped, len(usable), folder, strict)
     clip_of = [k for k, (_, places) in enumerate(usable) for _ in places]  # of each window, the number of its clip
     captions = [source.clip.caption for source, _ in usable]
-    content = [(source.clip.caption, places[0][0].stem) for source, places in usable]
+    keys = [places[0][0].stem for _, places in usable]  # a file's name stands for its latents
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = min(16, len(usable) // 10)
     learned = set(order[held_out:])
@@ -259,7 +257,7 @@ def prepare(
         # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
         validation=[clip_of.index(k) for k in order[:held_out] or order],
         training=by_shape(sizes, [i for i, k in enumerate(clip_of) if k in learned]),
-        digest=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+        digest=hashlib.sha256(json.dumps([*zip(captions, keys, strict=True)]).encode()).hexdigest()[:16],
         skipped=skipped,
     )
 
@@ -295,10 +293,8 @@ def latents(
             return None
 
     contents = [hashlib.sha256(np.memmap(source.clip.path, mode="r")).hexdigest() for source in sources]
-    keys = [
-        cache.key(content, source.size, cut.frames, float(cut.fps), encoder_name)
-        for content, source in zip(contents, sources, strict=True)
-    ]
+    cuts = [(source.size, cut.frames, float(cut.fps), encoder_name) for source in sources]
+    keys = [cache.key(content, *how) for content, how in zip(contents, cuts, strict=True)]
     files = cache.compute_missing(sources, keys, encode_windows, folder, "encoding clips")
     return [file and cache.StoredTensors([(file[0], row) for row in range(file[1])]) for file in files], skipped
 

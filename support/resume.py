@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -228,8 +228,7 @@ def _read_state(path: Path) -> dict:
 
 def _tensorboard(out: Path, step: int):
     """TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
-    try:
+    with suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+        return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
