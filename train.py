@@ -108,7 +108,6 @@ def train(config: TrainConfig) -> Path:
     run = resume.Run(vars(config), _MAY_CHANGE)
     clips, models, inputs = set_up(opened, config)
     transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
-    trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(config, list(models.values()))
     parts = range(config.accumulate * distributed.size())  # of each step's batch
     flops = cache(partial(cost.window_flops, outline(opened, config)["transformer"]))
@@ -127,7 +126,7 @@ def train(config: TrainConfig) -> Path:
             loss = distributed.all_reduce(loss, device)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss} at step {step}; start again with a lower --lr and another --out")
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -181,7 +180,7 @@ def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict,
 
 def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
     """Encode clips and captions, or find what an earlier run encoded; encoder: of text, if it is trained too."""
-    vae, tokenizer, dtype = opened.vae(device=config.device), opened.tokenizer(), getattr(torch, config.dtype)
+    vae, dtype = opened.vae(device=config.device), getattr(torch, config.dtype)
 
     def encode(window: Tensor) -> Tensor:
         with _autocast(config.device, dtype):
@@ -189,6 +188,7 @@ def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> D
 
     def context_of(captions: list[str]) -> dataset.Context:
         if encoder:
+            tokenizer = opened.tokenizer()
             return lambda prompts: encoder(*(tensor.to(config.device) for tensor in tokenizer(prompts)))
         stored = partial(opened.encode_prompts, dtype=dtype, device=config.device, cache_folder=config.cache)
         embed = distributed.each_its_share(stored, sorted({*captions, ""}))  # guidance needs the empty one
