@@ -17,12 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-# The paper's training (arXiv 2507.16116 and its published scripts): about 900 optimizer steps with one clip of 81
-# frames of 832x480 on each of 8 GPUs of 80 GB, rank 512, gradient checkpointing, on Wan2.1-T2V-14B.
-PAPER_GPUS = 8
-PAPER_FLOPS = 900 * PAPER_GPUS * 6.45e15  # what `window_flops` counts for such a clip
-PAPER_SPEED = 312e12 * 0.4  # FLOP/s of a GPU: an A100's peak in bf16, of which good trainers keep up two fifths
-
 
 def tokens(shape: Sequence[int]) -> int:
     """Tokens of latents (…, F, H, W)."""
