@@ -8,26 +8,18 @@ velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddin
     python train.py --data clips/ --rank 512 --dry-run               what a run would see and need
     torchrun --nproc-per-node 8 train.py --data clips/               on eight GPUs, see `distributed.py`
 
-Wan2.2 has two transformers, one for high and one for low noise, and `--expert` trains one of them. When it samples, its
-free frames are at noise levels on its own side of the boundary, but its conditions are at m·σ, which is often 0. An
-expert that was trained on its own side alone would never have seen a clean frame, and its LoRA could not learn to use
-one. So both experts draw τ over all of [0, 1], as a single transformer does.
-
 A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
 `--resume` as if it had not been: on a CPU, with the same number of threads, its LoRA is the same to the byte.
 Everything is written to `runs/NAME/`; `python -m support.report` makes a page of it.
+
+An expert of Wan2.2 (`--expert`) draws τ over all of [0, 1], not on its side of the boundary alone: its conditions are
+often clean when it samples (m·σ = 0), so it must have seen clean frames.
 """
 
-import dataclasses
-import functools
-import hashlib
-import json
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +31,17 @@ import flow
 import lora
 import tasks
 from model import Wan
-from support import cache, cli, cost, dataset, distributed, resume
-from wan import checkpoint, text
+from support import cli, cost, dataset, distributed, resume
+from support.dataset import Dataset
+from wan import checkpoint
 from wan.checkpoint import Opened
+
+_ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+_COUNT = (1, 10**9, "at least 1")
+_PROBABILITY = (0, 1, "a probability in [0, 1]")
+_ALPHA = (_ABOVE_0, 1e300, "a positive number, such as the rank")
+_RATE = (_ABOVE_0, _BELOW_1, "a number between 0 and 1, such as 1e-3")
+_LEVEL = (_ABOVE_0, _BELOW_1, "a noise level between 0 and 1, such as 0.875")
 
 
 @dataclass(frozen=True)
@@ -54,54 +54,41 @@ class TrainConfig:
     size: str | None = cli.option(None, "pixels as WxH (default: the model's own); other shapes get as many in theirs")
     buckets: bool = cli.option(True, "keep the shape of each clip; --no-buckets crops all to --size")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 of a window (default: the model's own)")
-    rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B")
-    alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)")
-    lr: float = cli.option(1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B")
-    steps: int = cli.option(300, "optimizer steps")
-    batch: int = cli.option(8, "windows a step")
-    accumulate: int = cli.option(1, "parts that a step's batch is taken in, one after another, to save memory")
+    rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B", _COUNT)
+    alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", _ALPHA)
+    lr: float = cli.option(1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B", _RATE)
+    steps: int = cli.option(300, "optimizer steps", _COUNT)
+    batch: int = cli.option(8, "windows a step", _COUNT)
+    accumulate: int = cli.option(1, "parts that a step's batch is taken in, one after another, to save memory", _COUNT)
     gradient_checkpointing: bool = cli.option(False, "compute each block again in the backward pass, to save memory")
-    p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level")
+    p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level", _PROBABILITY)
     shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's")
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
-    drop_caption: float = cli.option(0.1, "probability of training without the caption, which guidance needs")
+    drop_caption: float = cli.option(0.1, "probability of training without the caption, for guidance", _PROBABILITY)
     expert: str | None = cli.option(None, "which of Wan2.2's two transformers to train", choices=("high", "low"))
-    boundary: float | None = cli.option(None, "with --expert: noise level that parts the two (default: the model's)")
+    boundary: float | None = cli.option(None, "with --expert: level that parts the two (default: the model's)", _LEVEL)
     full: bool = cli.option(False, "train all weights of the transformer instead of a LoRA")
     from_scratch: bool = cli.option(False, "with --full: start from random weights, and train the text encoder too")
     muon: bool = cli.option(False, "with --full: train the blocks' matrices by Muon, faster from scratch than AdamW")
     save_every: int = cli.option(200, "steps between saves of the training state")
-    keep: int = cli.option(2, "how many of the last states to keep")
+    keep: int = cli.option(2, "how many of the last states to keep", _COUNT)
     val_every: int = cli.option(100, "steps between validations")
     sample_every: int = cli.option(0, "steps between filmstrips of a fixed seed; 0: only at the end")
     resume: bool = cli.option(False, "go on from the last state in --out")
     dry_run: bool = cli.option(False, "print clips, buckets, parameters and memory, and stop")
-    gpus: int = cli.option(1, "with --dry-run: GPUs that share batch, weights and optimizer")
+    gpus: int = cli.option(1, "with --dry-run: GPUs that share batch, weights and optimizer", _COUNT)
     compile: bool = cli.option(False, "compile the network: slow to start, then faster (needs a C++ compiler)")
     seed: int = cli.option(0, "seed of everything random")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
 
 
-# Flags that may differ when a run goes on: they say where and how it is computed, not what. The data may have moved;
-# that they are the same is told by their content. --steps may only be raised: the learning rate, which comes down by
-# them, then goes on from where it would be in the longer run.
+# Flags that may differ when a run goes on: they say where and how it is computed, not what. The data may have moved,
+# as their content tells that they are the same. --steps may be raised too: the learning rate then comes down later.
 _MAY_CHANGE = {
     "data", "out", "cache", "strict", "accumulate", "gradient_checkpointing", "save_every", "keep", "val_every",
     "sample_every", "resume", "dry_run", "gpus", "compile", "device",
 }  # fmt: skip
-
-
-class Dataset(NamedTuple):
-    """What training needs of the clips: latents (C, F, H, W) of each window, and what the encoder makes of captions."""
-
-    latents: Sequence[Tensor]
-    prompts: list[str]  # of each window
-    context: Callable[[list[str]], Tensor]  # B prompts → (B, text_len, text_dim)
-    validation: list[int]  # a window of each clip that no training step sees
-    training: list[list[int]]  # buckets of windows, in each of which latents have one shape
-    digest: str = ""  # of everything above
-    skipped: Sequence[dataset.Skipped] = ()
 
 
 class Batch(NamedTuple):
@@ -121,12 +108,11 @@ def train(config: TrainConfig) -> Path:
     run = resume.Run(vars(config), _MAY_CHANGE)
     clips, models, inputs = set_up(opened, config)
     transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
-    trained = [parameter for parameter in models.parameters() if parameter.requires_grad]
     optimizers = make_optimizers(config, list(models.values()))
     parts = range(config.accumulate * distributed.size())  # of each step's batch
-    window_cost = functools.cache(partial(_window_cost, _outline(opened, config)))
+    flops = cache(partial(cost.window_flops, outline(opened, config)["transformer"]))
 
-    with run.open(models, optimizers, inputs, facts(config, clips, transformer, trained)) as steps:
+    with run.open(models, optimizers, inputs, {"base": config.model, **dataset.facts(clips)}) as steps:
         for step in steps:
             begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -140,57 +126,81 @@ def train(config: TrainConfig) -> Path:
             loss = distributed.all_reduce(loss, device)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss} at step {step}; start again with a lower --lr and another --out")
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
 
-            figures = run.count(loss, time.monotonic() - begun, *window_cost(batch.x0.shape[1:])) | {"lr": lr}
+            shape = batch.x0.shape[1:]
+            figures = run.count(loss, time.monotonic() - begun, cost.tokens(shape), flops(shape)) | {"lr": lr}
             if run.due(config.val_every, at_end=True):
                 windows = math.ceil(config.batch / len(parts))  # at a time
                 figures |= distributed.broadcast(validate(transformer, clips, device, dtype, windows))
                 if run.is_best(figures) and not config.full:
-                    write_lora(run.out / "best.safetensors", opened, models, config, clips.digest, step + 1)
+                    write(run.out / "best.safetensors", opened, models, config, clips.digest, step + 1)
             run.log(figures)
             if run.due(config.sample_every):
                 run.save_filmstrip(f"step-{step + 1:06d}.png", *filmstrip(opened, transformer, clips, config))
             run.save()
 
-    if config.full:
-        result = write_model(run.out / "model", opened, models, config)
-    else:
-        result = write_lora(run.out / "lora.safetensors", opened, models, config, clips.digest, config.steps)
+    result = run.out / ("model" if config.full else "lora.safetensors")
+    write(result, opened, models, config, clips.digest, config.steps)
     run.save_filmstrip("filmstrip.png", *filmstrip(opened, transformer, clips, config))
-    tell_skipped(clips.skipped, len(clips.latents), config)
+    dataset.tell_skipped(clips.skipped, len(clips.latents), config.data, config.strict)
     run.finish(result)
     return result
 
 
-def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict, dict[str, str]]:
+def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict, dict[str, str | None]]:
     """The data, the models with what is trained, on their device, and fingerprints of what the run is made from."""
     encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
     clips = prepare(opened, config, encoder)
-    models = nn.ModuleDict({"transformer": load_base(opened, config)} | ({"text_encoder": encoder} if encoder else {}))
+    first, alone, dtype = distributed.rank() == 0, distributed.size() == 1, getattr(torch, config.dtype)
+    if first:  # frozen weights need not be finer than they compute
+        stored = torch.float32 if config.full else dtype
+        device = config.device if alone and not config.from_scratch else "cpu"
+        transformer = opened.transformer(stored, device, config.expert or "high")
+    else:  # it gets its shards from the first process
+        transformer = opened.outline()[0]
+    models = nn.ModuleDict({"transformer": transformer} | ({"text_encoder": encoder} if encoder else {}))
     torch.manual_seed(config.seed)
     for model in models.values() if config.from_scratch else ():
         model.init_weights()  # on the CPU, so that a seed gives the same on any device
-    base = cache.fingerprint(models["transformer"]) if distributed.rank() == 0 else None
-    trainable(models["transformer"], config)
+    inputs = {"clips": clips.digest, "base model": resume.fingerprint(transformer) if first else None}
+    trainable(transformer, config)
     if config.compile:
         torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape of latents is compiled apart
-        models["transformer"].compile_blocks()
+        transformer.compile_blocks()
     if config.gradient_checkpointing:
-        recompute_blocks(models["transformer"])
-    if distributed.size() > 1:
+        recompute_blocks(transformer)
+    if not alone:
         shard(models, config.device)
-    return clips, models.to(config.device), {"clips": clips.digest, "base model": distributed.broadcast(base)}
+    return clips, models.to(config.device), inputs
+
+
+def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
+    """Encode clips and captions, or find what an earlier run encoded; encoder: of text, if it is trained too."""
+    vae, dtype = opened.vae(device=config.device), getattr(torch, config.dtype)
+
+    def encode(window: Tensor) -> Tensor:
+        with _autocast(config.device, dtype):
+            return vae.encode(window.to(config.device))
+
+    def context_of(captions: list[str]) -> dataset.Context:
+        if encoder:
+            tokenizer = opened.tokenizer()
+            return lambda prompts: encoder(*(tensor.to(config.device) for tensor in tokenizer(prompts)))
+        stored = partial(opened.encode_prompts, dtype=dtype, device=config.device, cache_folder=config.cache)
+        embed = distributed.each_its_share(stored, sorted({*captions, ""}))  # guidance needs the empty one
+        return lambda prompts: embed(prompts).to(config.device)
+
+    name = f"{resume.fingerprint(vae)} {config.dtype}"
+    cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
+    return dataset.prepare(config.data, cut, config.strict, encode, name, config.cache, context_of, config.seed)
 
 
 def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch:
-    """One part of a step's batch: windows of one bucket, captions, noise, and τ by PTSS.
-
-    All of it follows from the seed and the step, and is drawn for the whole batch, whichever part is asked for.
-    """
+    """One part of a step's batch, drawn from seed and step alone: windows of a bucket, prompts, noise, τ by PTSS."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     picked = dataset.batch_of(step, config.batch, clips.training, config.seed)
     mine = slice(part, None, config.accumulate * distributed.size())
@@ -203,9 +213,7 @@ def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch
     return Batch(x0, x1[mine], tau[mine], prompts[mine], len(x0) / B)
 
 
-def step_loss(
-    network: nn.Module, batch: Batch, context: Callable[[list[str]], Tensor], weighting: str, device: str
-) -> Tensor:
+def step_loss(network: nn.Module, batch: Batch, context: dataset.Context, weighting: str, device: str) -> Tensor:
     """The FAFM loss of one part of a step's batch, times its share: these add up to the loss of the batch."""
     x0, x1, tau = (tensor.to(device) for tensor in (batch.x0, batch.x1, batch.tau))
     velocity = network(flow.interpolate(x0, x1, tau), tau, context(batch.prompts))
@@ -216,23 +224,19 @@ def step_loss(
 def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, float]:
     """Losses on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
 
-    The training loss is noise around a mean that depends on the τ drawn. Here it is taken for three kinds of τ: one for
-    all frames (`sync`), one each (`async`), and the first frame clean, one for the others (`clean`).
-
-    `copy` asks what the network takes from a clean frame: the first is at τ = 0 and all others are pure noise, and only
-    the frame after the clean one counts. Its loss is the error of that frame as predicted in a single step: 0 if it is
-    right to the bit, about 1, the variance of the latents, if the network uses the prompt alone.
+    One loss for each kind of τ: the same for all frames (`sync`), one each (`async`), the first frame clean and one for
+    the others (`clean`). `copy` is the error of the frame after a clean one, all others being pure noise, as predicted
+    in a single step: 0 if it is right to the bit, about 1, the variance of the latents, if the prompt alone is used.
     """
     shown = clips.validation[:16]
     V, F = len(shown), clips.latents[shown[0]].shape[1]
     generator = torch.Generator().manual_seed(0)
     x1s = [torch.randn(clips.latents[i].shape, generator=generator) for i in shown]
     together = ((torch.arange(V) + 0.5) / V)[:, None].repeat(1, F)  # evenly over [0, 1]
-    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together.clone()}
+    later = (torch.arange(F) > 0).float()  # 0 for the first frame
+    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together * later}
     if F > 1:
-        taus["copy"] = torch.ones(V, F)
-    for name in taus.keys() & {"clean", "copy"}:
-        taus[name][:, 0] = 0
+        taus["copy"] = later.repeat(V, 1)
     losses = dict.fromkeys(taus, 0.0)
     for bucket in dataset.by_shape([x1.shape for x1 in x1s], range(V)):
         for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
@@ -253,14 +257,6 @@ def rate(step: int, steps: int) -> float:
     """The share of the peak learning rate: a linear warm-up, then half a cosine down to 0."""
     warm = min(100, steps // 10 + 1)
     return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def load_base(opened: Opened, config: TrainConfig) -> Wan:
-    """The transformer to start from. Of several processes, the first loads it, on the CPU; others get its outline."""
-    if distributed.rank() > 0:
-        return opened.outline()[0]
-    device = "cpu" if config.from_scratch or distributed.size() > 1 else config.device
-    return opened.transformer(_stored(config), device, config.expert or "high")
 
 
 def trainable(transformer: Wan, config: TrainConfig) -> list[nn.Parameter]:
@@ -288,191 +284,52 @@ def shard(models: nn.ModuleDict, device: str) -> None:
 def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.optim.Optimizer]:
     """AdamW; with `--muon`, Muon for the matrices of the blocks, scaled to AdamW's step, and AdamW for the rest."""
     layers = [layer for model in models for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
-    matrices = [layer.weight for layer in layers if config.muon]
-    apart = set(matrices)
+    matrices = {layer.weight: None for layer in layers if config.muon}
     trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
-    rest = [parameter for parameter in trained if parameter not in apart]
+    rest = [parameter for parameter in trained if parameter not in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon(list(matrices), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
-def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
-    """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
-
-    encoder: the text encoder if it is trained too, and prompts become something else at every step.
-    """
-    sources, keys, latents, skipped = encode_clips(opened, config)
-    clip_of = [k for k, windows in enumerate(latents) for _ in windows.places]  # of each window, the number of its clip
-    captions = [source.clip.caption for source in sources]
-    order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held_out = min(16, len(sources) // 10)
-    learned = set(order[held_out:])
-    sizes = [sources[k].size for k in clip_of]  # in pixels; of one size, latents have one shape
-    return Dataset(
-        latents=cache.StoredTensors([place for windows in latents for place in windows.places]),
-        prompts=[captions[k] for k in clip_of],
-        context=encode_captions(opened, config, captions, encoder),
-        # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
-        validation=[clip_of.index(k) for k in order[:held_out] or order],
-        training=dataset.by_shape(sizes, [i for i, k in enumerate(clip_of) if k in learned]),
-        digest=hashlib.sha256(json.dumps([*zip(captions, keys, strict=True)]).encode()).hexdigest()[:16],
-        skipped=skipped,
-    )
-
-
-def look_through(config: TrainConfig, fps: float) -> tuple[list[dataset.Source], list[dataset.Skipped]]:
-    """The clips that can be used, and those that cannot."""
-    found, size = dataset.find_clips(config.data), cli.parse_size(config.size)
-    sources, skipped = dataset.survey(found, size, config.frames, fps, config.buckets)
-    tell_skipped(skipped, len(sources), config)
-    return sources, skipped
-
-
-def encode_clips(opened: Opened, config: TrainConfig) -> tuple[Sequence, Sequence, Sequence, list[dataset.Skipped]]:
-    """The clips that can be used, a name for the content of each, and its latents; and the clips that cannot."""
-    fps, vae = opened.preset.fps, opened.vae(device=config.device)
-    sources, skipped = look_through(config, fps)
-
-    def encode(window: Tensor) -> Tensor:
-        with _autocast(config.device, getattr(torch, config.dtype)):
-            return vae.encode(window.to(config.device))
-
-    keys = dataset.latent_keys(sources, config.frames, fps, f"{cache.fingerprint(vae)} {config.dtype}")
-    load = partial(dataset.latents, frames=config.frames, fps=fps, encode=encode, folder=config.cache)
-    latents, damaged = distributed.each_its_share(load, sources, keys)
-    usable = [item for item in zip(sources, keys, latents, strict=True) if item[2] is not None]
-    if damaged:
-        tell_skipped(skipped + damaged, len(usable), config)
-    return *zip(*usable, strict=True), skipped + damaged
-
-
-def encode_captions(
-    opened: Opened, config: TrainConfig, captions: list[str], encoder: nn.Module | None
-) -> Callable[[list[str]], Tensor]:
-    """A function from captions, or the empty one that guidance needs, to their embeddings on the device."""
-    if encoder:
-        return partial(text.embed, opened.tokenizer(), encoder)
-    how = {"dtype": getattr(torch, config.dtype), "device": config.device, "cache_folder": config.cache}
-    embed = distributed.each_its_share(partial(opened.encode_prompts, **how), sorted({*captions, ""}))
-    return lambda prompts: embed(prompts).to(config.device)
-
-
-def tell_skipped(skipped: list[dataset.Skipped], usable: int, config: TrainConfig) -> None:
-    """Name the clips that are left out. Raises ValueError if none may be, or if all are."""
-    if skipped and (config.strict or not usable):
-        first = f"{len(skipped)} of {len(skipped) + usable} clips in {config.data} cannot be used, the first is "
-        advice = "mend or remove them, or leave out --strict" if usable else "mend them or add others"
-        raise ValueError(f"{first}{skipped[0].path.name} ({skipped[0].reason}); {advice}")
-    if skipped:
-        print("\n".join([f"clips left out: {len(skipped)}", *(f"  {path.name}: {why}" for path, why in skipped)]))
-
-
-def rehearse(config: TrainConfig) -> str:
-    """What a run would see and need, without its weights: clips, buckets, parameters, memory."""
-    opened = checkpoint.open(config.model, Wan)
-    config = checked(config, opened)
-    sources, skipped = look_through(config, opened.preset.fps)
-    windows = Counter()
-    for source in sources:
-        windows[source.size] += source.windows
-    width, height = max(windows, key=math.prod)
-    shape = (opened.config.in_dim, tasks.latent_frames(config.frames), height // 8, width // 8)
-    each = math.ceil(config.batch / config.gpus / config.accumulate)
-    stored = _stored(config)
-    plain, thrifty = (
-        cost.memory(
-            Wan, opened.config, partial(trainable, config=config), recompute, (each, *shape),
-            stored, getattr(torch, config.dtype), config.gpus,
-        )
-        for recompute in (None, recompute_blocks)
-    )  # fmt: skip
-    tokens, flops = _window_cost(_outline(opened, config), shape)
-    trained, frozen = plain.trained * config.gpus / 4, plain.weights * config.gpus / stored.itemsize
-    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
-    rows = zip((*plain._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
-    return "\n".join([
-        f"{len(sources)} of {len(sources) + len(skipped)} clips, "
-        f"{windows.total()} windows of {config.frames} frames at {opened.preset.fps:g} fps",
-        *(f"  {width}x{height}: {count} windows" for (width, height), count in sorted(windows.items())),
-        f"{trained / 1e6:.2f} M trainable parameters, {frozen / 1e6:.2f} M frozen",
-        f"{config.steps} steps of {config.batch} windows of up to {tokens} tokens: "
-        f"{config.steps * config.batch * flops:.3g} FLOP",
-        f"memory of {f'each of {config.gpus} GPUs' if config.gpus > 1 else 'the device'}, windows at a time: {each}",
-        "                    plain      with --gradient-checkpointing",
-        *(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}" for name, a, b in rows),
-    ])  # fmt: skip
-
-
-def _outline(opened: Opened, config: TrainConfig) -> Wan:
-    """The transformer without memory, made ready for training."""
-    transformer = opened.outline()[0]
+def outline(opened: Opened, config: TrainConfig) -> nn.ModuleDict:
+    """The models without memory, the transformer made ready for training."""
+    transformer, _, encoder = opened.outline()
     trainable(transformer, config)
     if config.gradient_checkpointing:
         recompute_blocks(transformer)
-    return transformer
+    return nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
 
 
-def _window_cost(outline: Wan, shape: tuple[int, ...]) -> tuple[int, float]:
-    """Tokens of a window with latents of a shape, and the operations to train on it."""
-    return cost.tokens(shape), cost.window_flops(outline, shape)
+def rehearse(config: TrainConfig) -> None:
+    """Print what a run would see and need, without its weights: clips, buckets, parameters, memory."""
+    opened = checkpoint.open(config.model, Wan)
+    config = checked(config, opened)
+    cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
+    sources, skipped = dataset.look_through(config.data, cut, config.strict)
+    width, height = max((source.size for source in sources), key=math.prod)
+    at_a_time, dtype = math.ceil(config.batch / config.gpus / config.accumulate), getattr(torch, config.dtype)
+    shape = (at_a_time, opened.config.in_dim, tasks.latent_frames(config.frames), height // 8, width // 8)
+    stored = torch.float32 if config.full else dtype
+    print(dataset.summary(sources, skipped, cut))
+    print(cost.training(
+        outline(opened, config)["transformer"], partial(trainable, config=config), recompute_blocks, shape, stored,
+        dtype, config.gpus, config.steps, config.batch,
+    ))  # fmt: skip
 
 
-def facts(config: TrainConfig, clips: Dataset, transformer: Wan, trained: list[nn.Parameter]) -> dict:
-    """What facts.json says of a run."""
-    device, many = f"{config.device.upper()}, threads: {torch.get_num_threads()}", distributed.size()
-    if torch.device(config.device).type == "cuda":
-        device = torch.cuda.get_device_name(config.device)
-    return {
-        "base": config.model,
-        "parameters": sum(p.numel() for p in transformer.parameters()),
-        "trained": sum(p.numel() for p in trained),
-        "windows": len(clips.latents),
-        "buckets": len(clips.training),
-        "dataset": clips.digest,
-        "device": f"{many} x {device}" if many > 1 else device,
-        "skipped": [(path.name, reason) for path, reason in clips.skipped],
-    }
-
-
-def full_models(opened: Opened, models: nn.ModuleDict, config: TrainConfig) -> nn.ModuleDict:
-    """The models with full parameters. The first of several processes gets those that are trained, on the CPU."""
-    if distributed.size() == 1:
-        return models
-    transformer, _, encoder = opened.outline()
-    trainable(transformer, config)
-    outline = nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
-    outline.load_state_dict(resume.full_weights(models), strict=False, assign=True)
-    return outline
-
-
-def write_lora(path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int) -> Path:
-    """Write the LoRA as it is after a step; digest: of the dataset."""
-    metadata = {"steps": str(step), "dataset": digest} | ({"expert": config.expert} if config.expert else {})
-    transformer = full_models(opened, models, config)["transformer"]
-    if distributed.rank() == 0:
-        lora.save(path, lora.extract(transformer), base=config.model, metadata=metadata)
-    return path
-
-
-def write_model(folder: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig) -> Path:
-    """Write a model of which the transformer, or one of the two, is the trained one, and maybe the text encoder."""
-    models, preset = full_models(opened, models, config), opened.preset
+def write(path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int) -> None:
+    """Write what is trained, as it is after a step: a LoRA, or the opened model with it; digest: of the dataset."""
+    models = resume.full_models(models, outline(opened, config))
     if distributed.rank() > 0:
-        return folder
-    encoder = models["text_encoder"] if config.from_scratch else opened.text_encoder()
-    experts = {config.expert or "high": models["transformer"]}
-    if config.expert:
-        preset = dataclasses.replace(preset, boundary=config.boundary)
-        other = "low" if config.expert == "high" else "high"
-        experts[other] = opened.transformer(expert=other)
-    checkpoint.save_pipeline(
-        folder, experts["high"], opened.vae(), encoder, opened.tokenizer(), preset.shift,
-        transformer_2=experts.get("low"), boundary=preset.boundary,
-    )  # fmt: skip
-    checkpoint.save_preset(folder, preset)
-    return folder
+        return
+    if config.full:
+        encoder = models["text_encoder"] if config.from_scratch else None
+        opened.save_with(path, models["transformer"], encoder, config.expert, config.boundary)
+    else:
+        metadata = {"steps": str(step), "dataset": digest} | ({"expert": config.expert} if config.expert else {})
+        lora.save(path, lora.extract(models["transformer"]), base=config.model, metadata=metadata)
 
 
 @torch.no_grad()
@@ -493,11 +350,10 @@ def filmstrip(
         x0 = clips.latents[index][None].to(config.device)
         F, N = x0.shape[2], tasks.pixel_frames(x0.shape[2])
         x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(config.device)
-        context = clips.context([clips.prompts[index]])
+        velocity = partial(transformer, context=clips.context([clips.prompts[index]]))
         titles = (f"clip: {clips.prompts[index]}", "from its first frame", "from its prompt")
         for title, m in zip(titles, ([0.0] * F, [0.0] + [1.0] * (F - 1), [1.0] * F), strict=True):
             taus = tasks.tau_schedule(m, preset.steps, preset.shift)[own]
-            velocity = partial(transformer, context=context)
             latents = flow.denoise(velocity, x0, x1, taus) if any(m) else x0
             rows.append((title, vae.decode(latents)[0].float().cpu()))
             marks.append([m[tasks.latent_index(n, N)] == 0 for n in range(N)])
@@ -509,71 +365,47 @@ def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
-def _stored(config: TrainConfig) -> torch.dtype:
-    """The type to hold weights in: frozen ones need not be finer than they compute."""
-    return torch.float32 if config.full else getattr(torch, config.dtype)
-
-
 def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
     """The config with the model's own values where it has none. Raises ValueError for what no run can be."""
-    for name in ("rank", "steps", "batch", "accumulate", "keep", "gpus"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"got --{name} {getattr(config, name)}, expected at least 1")
-    many = f" on {distributed.size()} processes" if distributed.size() > 1 else ""
-    if config.gpus > 1 and not config.dry_run:
-        raise ValueError(f"got --gpus {config.gpus} without --dry-run; leave it out, it is torchrun that says how many")
-    if config.accumulate * distributed.size() * config.gpus > config.batch:
-        parts = f"--accumulate {config.accumulate}{many or f' on {config.gpus} GPUs' * (config.gpus > 1)}"
-        raise ValueError(f"got {parts} for --batch {config.batch}, expected a window for each part")
-    for flag in ("muon", "compile"):
-        if many and getattr(config, flag):
-            raise ValueError(f"got --{flag}{many}, expected a single one; leave it out")
-    if config.alpha is not None and not 0 < config.alpha < math.inf:
-        raise ValueError(f"got --alpha {config.alpha:g}, expected a positive number, such as the rank")
-    if not 0 < config.lr < 1:
-        raise ValueError(f"got --lr {config.lr}, expected a number between 0 and 1, such as 1e-3")
-    for flag, value in (("p-async", config.p_async), ("drop-caption", config.drop_caption)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"got --{flag} {value}, expected a probability in [0, 1]")
+    processes, expert = distributed.size(), config.expert
+    many = f" on {processes} processes" if processes > 1 else ""
+    parts = f"--accumulate {config.accumulate}{many or f' on {config.gpus} GPUs' * (config.gpus > 1)}"
+    advice = "leave out --expert" if expert else "choose one of them by --expert high or --expert low"
+    for wrong, sentence in (
+        (config.gpus > 1 and not config.dry_run,
+         f"got --gpus {config.gpus} without --dry-run; leave it out, it is torchrun that says how many"),
+        (config.accumulate * processes * config.gpus > config.batch,
+         f"got {parts} for --batch {config.batch}, expected a window for each part"),
+        (many and config.muon, f"got --muon{many}, expected a single one; leave it out"),
+        (many and config.compile, f"got --compile{many}, expected a single one; leave it out"),
+        (config.from_scratch and not config.full,
+         "got --from-scratch without --full: a LoRA needs trained weights under it; add --full"),
+        (config.muon and not config.full,
+         "got --muon without --full: Muon is for whole matrices, not for a LoRA's pairs; add --full"),
+        (opened.two_experts != bool(expert),
+         f"{config.model} has {'one transformer' if expert else 'two experts'}; {advice}"),
+        (config.boundary is not None and not expert, "got --boundary without --expert, expected both or neither"),
+        (expert and config.from_scratch,
+         "got --from-scratch with --expert: the other expert would not know the new text encoder"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(sentence)
     flow.shifted(1.0, config.shift)
-    if config.from_scratch and not config.full:
-        raise ValueError("got --from-scratch without --full: a LoRA needs trained weights under it; add --full")
-    if config.muon and not config.full:
-        raise ValueError("got --muon without --full: Muon is for whole matrices, not for a LoRA's pairs; add --full")
-    boundary = _boundary(config, opened)
     width, height = cli.parse_size(config.size) if config.size else opened.preset.size
     frames = opened.preset.frames if config.frames is None else config.frames
     tasks.latent_frames(frames)
     device = cli.pick_device(config.device)
-    return dataclasses.replace(
+    return cli.check(replace(
         config, size=f"{width}x{height}", frames=frames, cache=config.cache or str(Path(config.data) / ".cache"),
-        boundary=boundary, device=device, dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
-    )  # fmt: skip
-
-
-def _boundary(config: TrainConfig, opened: Opened) -> float | None:
-    """Where the noise levels of two experts meet, None for a single transformer."""
-    if opened.two_experts != (config.expert is not None):
-        advice = "leave out --expert" if config.expert else "choose one of them by --expert high or --expert low"
-        raise ValueError(f"{config.model} has {'one transformer' if config.expert else 'two experts'}; {advice}")
-    if config.expert is None and config.boundary is not None:
-        raise ValueError("got --boundary without --expert, expected both or neither")
-    if config.expert and config.from_scratch:
-        raise ValueError("got --from-scratch with --expert: the other expert would not know the new text encoder")
-    boundary = config.boundary if config.boundary is not None or not config.expert else opened.preset.boundary
-    if boundary is not None and not 0 < boundary < 1:
-        raise ValueError(f"got --boundary {boundary}, expected a noise level between 0 and 1, such as 0.875")
-    return boundary
+        boundary=opened.preset.boundary if expert and config.boundary is None else config.boundary,
+        device=device, dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
+    ))  # fmt: skip
 
 
 def main() -> None:
     config = cli.parse(TrainConfig, __doc__)
     with distributed.process_group(config.device) as device:
-        config = dataclasses.replace(config, device=device)
-        if config.dry_run:
-            print(rehearse(config))
-        else:
-            train(config)
+        (rehearse if config.dry_run else train)(replace(config, device=device))
 
 
 if __name__ == "__main__":

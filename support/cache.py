@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from support import cli
 
@@ -70,16 +70,3 @@ def compute_missing(
 def key(*parts: str | float | tuple[int, ...]) -> str:
     """The name of what depends on all of these parts, and on nothing else."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights and config, so that the results of another model are never taken for this one's.
-
-    Only every n-th value of a large tensor is hashed: all would take a minute, and training changes them all anyway.
-    """
-    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 65536)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -17,12 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-# The paper's training (arXiv 2507.16116 and its published scripts): about 900 optimizer steps with one clip of 81
-# frames of 832x480 on each of 8 GPUs of 80 GB, rank 512, gradient checkpointing, on Wan2.1-T2V-14B.
-PAPER_GPUS = 8
-PAPER_FLOPS = 900 * PAPER_GPUS * 6.45e15  # what `window_flops` counts for such a clip
-PAPER_SPEED = 312e12 * 0.4  # FLOP/s of a GPU: an A100's peak in bf16, of which good trainers keep up two fifths
-
 
 def tokens(shape: Sequence[int]) -> int:
     """Tokens of latents (…, F, H, W)."""
@@ -69,10 +63,10 @@ def memory(
 ) -> Memory:  # fmt: skip
     """What training takes on each GPU, which sees latents of a shape (B, C, F, H, W) at a time.
 
-    Runs one and two layers of `network`, since all that is measured is linear in the layers. trainable(transformer)
-    makes ready what is trained and returns it; recompute(transformer) turns on gradient checkpointing. Weights are
-    `stored` in one dtype and compute in the other. Weights, gradients and optimizer are sharded over the GPUs (FSDP).
-    Left out: the CUDA context, temporaries of one operation (a few percent each), and a text encoder in training.
+    Runs one and two layers of `network`, as all that is measured is linear in the layers. trainable(transformer) makes
+    ready and returns what is trained; recompute(transformer) turns on gradient checkpointing. Weights are `stored` in
+    one dtype and compute in the other; with gradients and optimizer they are sharded over the GPUs (FSDP). Left out:
+    the CUDA context, temporaries of one operation (a few percent each), and a text encoder in training.
     """
 
     def measure(layers: int) -> Tensor:
@@ -106,6 +100,30 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.untyped_storage()) or t, lambda t: t):
         forward()
     return sum(storage.nbytes() for storage in saved - own)  # several views of one storage count once
+
+
+def training(
+    outline: nn.Module, trainable: Callable[[nn.Module], list[nn.Parameter]], recompute: Callable[[nn.Module], None],
+    shape: Sequence[int], stored: torch.dtype, dtype: torch.dtype, gpus: int, steps: int, batch: int,
+) -> str:  # fmt: skip
+    """Parameters, operations and memory of a training, in words.
+
+    outline: the transformer on "meta", made ready for training; the arguments up to `gpus` are those of `memory`; the
+    training has so many steps, each of `batch` windows.
+    """
+    trained = sum(p.numel() for p in outline.parameters() if p.requires_grad)
+    of = partial(memory, type(outline), outline.config, trainable)
+    plain, thrifty = (of(again, shape, stored, dtype, gpus) for again in (None, recompute))
+    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
+    rows = zip((*Memory._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
+    return "\n".join([
+        f"{trained / 1e6:.2f} M trainable parameters, {(_count(outline) - trained) / 1e6:.2f} M frozen",
+        f"{steps} steps of {batch} windows of up to {tokens(shape)} tokens: "
+        f"{steps * batch * window_flops(outline, shape[1:]):.3g} FLOP",
+        f"memory of {f'each of {gpus} GPUs' if gpus > 1 else 'the device'}, windows at a time: {shape[0]}",
+        "                    plain      with --gradient-checkpointing",
+        *(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}" for name, a, b in rows),
+    ])  # fmt: skip
 
 
 def sampling(

@@ -2,7 +2,6 @@
 
 For training, a clip of any size, length and frame rate is brought to the model's frame rate, cut into windows of N
 frames, and scaled to a size near its own shape. Windows of one size are a bucket, and a batch comes from one bucket.
-`python train.py --data clips/` reads captions and clips through this file.
 """
 
 import csv
@@ -10,8 +9,9 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support import cache, cli, media
+from support import cache, cli, distributed, media
+
+Context = Callable[[list[str]], Tensor]  # B prompts → (B, text_len, text_dim)
 
 
 class Clip(NamedTuple):
@@ -40,6 +42,27 @@ class Skipped(NamedTuple):
 
     path: Path
     reason: str
+
+
+class Cut(NamedTuple):
+    """How clips are cut into windows."""
+
+    size: tuple[int, int]  # width and height in pixels of a window
+    frames: int
+    fps: float
+    buckets: bool = True  # a window has the clip's own shape, and the area of `size`
+
+
+class Dataset(NamedTuple):
+    """What training needs of the clips: latents (C, F, H, W) of each window, and what the encoder makes of captions."""
+
+    latents: Sequence[Tensor]
+    prompts: list[str]  # of each window
+    context: Context
+    validation: list[int]  # a window of each clip that no training step sees
+    training: list[list[int]]  # buckets of windows, in each of which latents have one shape
+    digest: str = ""  # of everything above
+    skipped: Sequence[Skipped] = ()
 
 
 def find_clips(folder: Path | str) -> list[Clip]:
@@ -80,9 +103,8 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{path} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
         return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
     suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
-    files = [path for place in (folder, folder / "train") if place.is_dir() for path in place.iterdir()]
-    files = [path for path in files if path.suffix.lower() in suffixes]
-    return [(path.relative_to(folder).as_posix(), "") for path in files if not path.name.startswith(".")]
+    files = [path for pattern in ("[!.]*", "train/[!.]*") for path in folder.glob(pattern)]
+    return [(path.relative_to(folder).as_posix(), "") for path in files if path.suffix.lower() in suffixes]
 
 
 def _row(row: dict | str, where: str) -> tuple[str, str]:
@@ -140,13 +162,39 @@ def write_clip(folder: Path | str, number: int, video: Tensor, fps: float, capti
         beside.write_text(caption + "\n", encoding="utf-8")
 
 
-def survey(
-    clips: Sequence[Clip], size: tuple[int, int], frames: int, fps: float, buckets: bool = True
-) -> tuple[list[Source], list[Skipped]]:
-    """Sort clips into those that give at least one window of `frames` frames at `fps`, and the others with the reason.
+def look_through(folder: Path | str, cut: Cut, strict: bool) -> tuple[list[Source], list[Skipped]]:
+    """The clips of a folder that can be used, and those that cannot, which are named as `tell_skipped` does."""
+    sources, skipped = survey(find_clips(folder), cut)
+    tell_skipped(skipped, len(sources), folder, strict)
+    return sources, skipped
 
-    `size` is (width, height) in pixels of every window; with `buckets`, a window has the clip's own shape and about the
-    same area. Only the first picture is decoded, so damage further in shows when the clip is encoded.
+
+def tell_skipped(skipped: Sequence[Skipped], usable: int, folder: Path | str, strict: bool) -> None:
+    """Name the clips that are left out. ValueError if none may be, or if all are."""
+    if skipped and (strict or not usable):
+        first = f"{len(skipped)} of {len(skipped) + usable} clips in {folder} cannot be used, the first is "
+        advice = "mend or remove them, or leave out --strict" if usable else "mend them or add others"
+        raise ValueError(f"{first}{skipped[0].path.name} ({skipped[0].reason}); {advice}")
+    if skipped:
+        print("\n".join([f"clips left out: {len(skipped)}", *(f"  {path.name}: {why}" for path, why in skipped)]))
+
+
+def summary(sources: Sequence[Source], skipped: Sequence[Skipped], cut: Cut) -> str:
+    """How many windows there are, and of which sizes, in words."""
+    windows = Counter()
+    for source in sources:
+        windows[source.size] += source.windows
+    return "\n".join([
+        f"{len(sources)} of {len(sources) + len(skipped)} clips, "
+        f"{windows.total()} windows of {cut.frames} frames at {cut.fps:g} fps",
+        *(f"  {width}x{height}: {count} windows" for (width, height), count in sorted(windows.items())),
+    ])  # fmt: skip
+
+
+def survey(clips: Sequence[Clip], cut: Cut) -> tuple[list[Source], list[Skipped]]:
+    """Sort clips into those that give at least one window, and the others with the reason.
+
+    Only the first picture is decoded, so damage further in shows when the clip is encoded.
     """
     sources, skipped = [], []
     for clip in clips:
@@ -155,13 +203,18 @@ def survey(
                 raise ValueError("no such file")
             if not clip.caption:
                 raise ValueError(f"no caption: write one in {clip.path.with_suffix('.txt').name} beside it")
-            width, height, length = media.probe(clip.path, fps)
-            if length < frames:
-                raise ValueError(f"too short: {length} frames at {fps:g} fps, expected {frames}")
-            sources.append(Source(clip, bucket(width, height, size) if buckets else size, length // frames))
+            width, height, length = media.probe(clip.path, cut.fps)
+            if length < cut.frames:
+                raise ValueError(f"too short: {length} frames at {cut.fps:g} fps, expected {cut.frames}")
+            size = bucket(width, height, cut.size) if cut.buckets else cut.size
+            sources.append(Source(clip, size, length // cut.frames))
         except ValueError as error:
-            skipped.append(Skipped(clip.path, str(error).removeprefix(f"{clip.path} ")))
+            skipped.append(_skipped(clip.path, error))
     return sources, skipped
+
+
+def _skipped(path: Path, error: ValueError) -> Skipped:
+    return Skipped(path, str(error).removeprefix(f"{path} "))
 
 
 def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -175,44 +228,82 @@ def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
     return 16 * max(1, round(W * stretch / 16)), 16 * max(1, round(H / stretch / 16))
 
 
-def latent_keys(sources: Sequence[Source], frames: int, fps: float, encoder_name: str) -> list[str]:
-    """A name for the latents of each clip. It follows from content, size, cut and encoder, whatever the file's name."""
-    contents = [hashlib.sha256(np.memmap(source.clip.path, mode="r")).hexdigest() for source in sources]
-    cuts = [(source.size, frames, float(fps)) for source in sources]
-    return [cache.key(content, *cut, encoder_name) for content, cut in zip(contents, cuts, strict=True)]
+def prepare(
+    folder: Path | str, cut: Cut, strict: bool, encode: Callable[[Tensor], Tensor], encoder_name: str,
+    cache_folder: Path | str, context_of: Callable[[list[str]], Context], seed: int,
+) -> Dataset:  # fmt: skip
+    """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
+
+    encode, encoder_name, cache_folder: as in `latents`; context_of(captions) makes the dataset's `context`.
+    """
+    sources, skipped = look_through(folder, cut, strict)
+    load = partial(latents, cut=cut, encode=encode, encoder_name=encoder_name, folder=cache_folder)
+    encoded, damaged = distributed.each_its_share(load, sources)
+    usable = [(source, windows.places) for source, windows in zip(sources, encoded, strict=True) if windows]
+    if damaged:
+        skipped += damaged
+        tell_skipped(skipped, len(usable), folder, strict)
+    clip_of = [k for k, (_, places) in enumerate(usable) for _ in places]  # of each window, the number of its clip
+    captions = [source.clip.caption for source, _ in usable]
+    keys = [places[0][0].stem for _, places in usable]  # a file's name stands for its latents
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = min(16, len(usable) // 10)
+    learned = set(order[held_out:])
+    sizes = [usable[k][0].size for k in clip_of]  # in pixels; of one size, latents have one shape
+    return Dataset(
+        latents=cache.StoredTensors([place for _, places in usable for place in places]),
+        prompts=[captions[k] for k in clip_of],
+        context=context_of(captions),
+        # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
+        validation=[clip_of.index(k) for k in order[:held_out] or order],
+        training=by_shape(sizes, [i for i, k in enumerate(clip_of) if k in learned]),
+        digest=hashlib.sha256(json.dumps([*zip(captions, keys, strict=True)]).encode()).hexdigest()[:16],
+        skipped=skipped,
+    )
+
+
+def facts(dataset: Dataset) -> dict:
+    """What facts.json says of the data."""
+    return {
+        "windows": len(dataset.latents), "buckets": len(dataset.training), "dataset": dataset.digest,
+        "skipped": [(path.name, reason) for path, reason in dataset.skipped],
+    }  # fmt: skip
 
 
 def latents(
-    sources: Sequence[Source], keys: Sequence[str], frames: int, fps: float, encode: Callable, folder: Path | str
+    sources: Sequence[Source], cut: Cut, encode: Callable[[Tensor], Tensor], encoder_name: str, folder: Path | str
 ) -> tuple[list[cache.StoredTensors | None], list[Skipped]]:
     """The latents of each clip's windows, each (16, F, H, W) in fp32; those not yet in `folder` are encoded.
 
-    `encode` maps one window (1, 3, N, H, W) to (1, 16, F, H, W). A clip that turns out to be damaged, or shorter than
-    it said, gives None, and the reason.
+    encode: of a window (1, 3, N, H, W) to (1, 16, F, H, W); encoder_name must differ where its weights do. Latents are
+    found by content, size, cut and encoder, whatever a file's name. A clip that turns out to be damaged, or shorter
+    than it said, gives None, and the reason.
     """
     skipped = []
 
     def encode_windows(source: Source) -> Tensor | None:
         try:
-            windows = media.read_windows(source.clip.path, source.size, fps, frames)
+            windows = media.read_windows(source.clip.path, source.size, cut.fps, cut.frames)
             encoded = [encode(window[None])[0].cpu() for window in windows]
             if not encoded:
-                raise ValueError(f"too short: fewer than {frames} frames at {fps:g} fps")
+                raise ValueError(f"too short: fewer than {cut.frames} frames at {cut.fps:g} fps")
             return torch.stack(encoded)
         except ValueError as error:
-            path = source.clip.path
-            skipped.append(Skipped(path, str(error).removeprefix(f"{path} ")))
+            skipped.append(_skipped(source.clip.path, error))
             return None
 
+    contents = [hashlib.sha256(np.memmap(source.clip.path, mode="r")).hexdigest() for source in sources]
+    cuts = [(source.size, cut.frames, float(cut.fps), encoder_name) for source in sources]
+    keys = [cache.key(content, *how) for content, how in zip(contents, cuts, strict=True)]
     files = cache.compute_missing(sources, keys, encode_windows, folder, "encoding clips")
     return [file and cache.StoredTensors([(file[0], row) for row in range(file[1])]) for file in files], skipped
 
 
 def by_shape(shapes: Sequence[tuple[int, ...]], indices: Sequence[int]) -> list[list[int]]:
     """The indices in buckets; all indices of a bucket have one shape."""
-    buckets: dict[tuple[int, ...], list[int]] = {}
+    buckets = defaultdict(list)
     for index in indices:
-        buckets.setdefault(shapes[index], []).append(index)
+        buckets[shapes[index]].append(index)
     return list(buckets.values())
 
 

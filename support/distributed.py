@@ -81,12 +81,12 @@ def my_share(items: Sequence) -> Sequence:
     return items[rank() :: size()]
 
 
-def each_its_share(load: Callable, *lists: Sequence) -> Any:
-    """load(*lists), which computes what is not on disk yet: each process its share, and then all find everything."""
+def each_its_share(load: Callable[[Sequence], Any], items: Sequence) -> Any:
+    """load(items), which computes what is not on disk yet: each process its share, and then all find everything."""
     if size() > 1:
-        load(*map(my_share, lists))
+        load(my_share(items))
         dist.barrier()
-    return load(*lists)
+    return load(items)
 
 
 def all_reduce(number: float, device: str) -> float:

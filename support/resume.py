@@ -4,17 +4,17 @@
     metrics.jsonl   a line of figures each step        state-N.pt      weights and optimizers after step N
 
 A step of `train.py` follows from the seed and its own number, so these are all there is to know. Each file appears
-whole or not at all. A run that goes on from step N writes the lines after N again. The first of several processes
-writes, and a state does not depend on how many they were.
+whole or not at all. The first of several processes writes, and a state does not depend on how many they were.
 """
 
+import hashlib
 import json
 import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -33,9 +33,25 @@ def newest_state(out: Path | str) -> Path | None:
     return max(Path(out).glob("state-*.pt"), key=_step_of, default=None)
 
 
-def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters of a model, sharded or not, by name; {} on processes other than the first."""
-    return state_dict.get_model_state_dict(model, options=_TRAINED)
+def full_models(models: nn.Module, outline: nn.Module) -> nn.Module:
+    """The models, or if they are sharded their outline, which gets what is trained on the first process's CPU."""
+    if distributed.size() > 1:
+        weights = state_dict.get_model_state_dict(models, options=_TRAINED)
+        outline.load_state_dict(weights, strict=False, assign=True)
+    return outline if distributed.size() > 1 else models
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for a model's weights and config, so that the results of another model are never taken for this one's.
+
+    Only every n-th value of a large tensor is hashed: all would take a minute, and training changes them all anyway.
+    """
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 65536)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Run:
@@ -44,9 +60,8 @@ class Run:
     def __init__(self, settings: dict, may_change: set[str]):
         """Claim the folder settings["out"], and with settings["resume"] read its last state.
 
-        Raises ValueError if the folder holds another run or result, or none to go on from, if the state cannot be
-        read, and if a setting outside of `may_change` is another than when the run began, so that it could not end as
-        it would have. But `steps` may grow: whoever asks for more does not want the same end.
+        Raises ValueError if the folder holds another run or result, or none to go on from, or if a setting outside of
+        `may_change` is another than when the run began. But `steps` may grow.
         """
         self.settings, self.out, self.steps = settings, Path(settings["out"]), settings["steps"]
         self.figures = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
@@ -73,10 +88,11 @@ class Run:
     def open(self, model: nn.Module, optimizers: Sequence[Optimizer], inputs: dict, facts: dict) -> Iterator[range]:
         """Go on from the last state: yields the steps to do. In the block, Ctrl-C does not cut a step in two.
 
-        inputs: fingerprints of what the run is made from; ValueError if one changed since the run began.
-        facts: for facts.json.
+        inputs: fingerprints of what the run is made from, as the first process knows them; ValueError if one changed
+        since the run began. facts: for facts.json, which tells of parameters and device too.
         """
-        self.model, self.optimizers, self.inputs, self.stop = model, optimizers, inputs, False
+        self.model, self.optimizers, self.stop = model, optimizers, False
+        self.inputs = distributed.broadcast(inputs)
         if self.state:
             self._restore()
         if distributed.rank() == 0:
@@ -113,10 +129,20 @@ class Run:
             if unfinished.is_file():
                 unfinished.unlink()
         cli.write_json(self.out / "settings.json", self.settings)
-        cli.write_json(self.out / "facts.json", facts)
+        cli.write_json(self.out / "facts.json", facts | self._facts())
         lines = [line for line in report.read_metrics(self.out) if line["step"] <= self.figures["step"]]
         with cli.replacing(self.out / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def _facts(self) -> dict:
+        device, many, parameters = self.settings["device"], distributed.size(), list(self.model.parameters())
+        on_gpu = torch.device(device).type == "cuda"
+        name = torch.cuda.get_device_name(device) if on_gpu else f"{device.upper()}, threads: {torch.get_num_threads()}"
+        return {
+            "parameters": sum(p.numel() for p in parameters),
+            "trained": sum(p.numel() for p in parameters if p.requires_grad),
+            "device": f"{many} x {name}" if many > 1 else name,
+        }
 
     def _ask_to_stop(self, number: int, frame) -> None:
         """Ctrl-C once: stop after this step. Twice: stop now, and lose what was done since the last save."""
@@ -202,8 +228,7 @@ def _read_state(path: Path) -> dict:
 
 def _tensorboard(out: Path, step: int):
     """TensorBoard's writer where it is installed, else None; what it has of steps after `step` is hidden."""
-    try:
+    with suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+
+        return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)

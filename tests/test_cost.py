@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora
 import train
 from model import Wan, WanConfig
-from support import cost
+from support import cost, report
 from wan.text import T5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
 
@@ -77,7 +77,7 @@ def test_the_memory_model_is_what_a_real_step_takes(full, dtype):
 def test_the_papers_run_fits_its_gpus_and_its_price():
     """Rank 512 on 14B with one clip of 81 frames at 832x480 on each of 8 GPUs of 80 GB, which cost $500."""
     trainable = partial(lora.inject, rank=PAPER_RANK)
-    run = ((1, *PAPER_SHAPE), torch.bfloat16, torch.bfloat16, cost.PAPER_GPUS)
+    run = ((1, *PAPER_SHAPE), torch.bfloat16, torch.bfloat16, report.PAPER_GPUS)
     needed = cost.memory(Wan, PAPER_MODEL, trainable, train.recompute_blocks, *run)
     assert 14.2e9 * 2 < needed.weights * 8 < 14.4e9 * 2 and 2.4e9 * 4 < needed.trained * 8 < 2.5e9 * 4
     assert needed.gradients == needed.trained and needed.total < 60 * 2**30
@@ -85,8 +85,8 @@ def test_the_papers_run_fits_its_gpus_and_its_price():
     assert plain.activations > 300 * 2**30, "without gradient checkpointing it could not"
 
     window = cost.window_flops(_outline(PAPER_MODEL, PAPER_RANK, recomputed=True), PAPER_SHAPE)
-    assert cost.PAPER_FLOPS == pytest.approx(900 * 8 * window, rel=0.01)
-    hours = cost.PAPER_FLOPS / cost.PAPER_SPEED / 3600
+    assert report.PAPER_FLOPS == pytest.approx(900 * 8 * window, rel=0.01)
+    hours = report.PAPER_FLOPS / report.PAPER_SPEED / 3600
     assert 50 < hours < 250, "GPU hours, at some $2 to $5 each"
 
 

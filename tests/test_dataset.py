@@ -133,9 +133,9 @@ def test_survey_sorts_clips(tmp_path):
     (tmp_path / "broken.mp4").write_text("no video")
     clips = [dataset.Clip(tmp_path / f"{name}.mp4", "a ball") for name in ("broken", "gone", "long", "short")]
     clips.append(dataset.Clip(tmp_path / "long.mp4", ""))
-    sources, skipped = dataset.survey(clips, (64, 64), 5, 16)
+    sources, skipped = dataset.survey(clips, dataset.Cut((64, 64), 5, 16))
     assert sources == [(clips[2], (80, 48), 4)]
-    assert dataset.survey(clips, (64, 64), 5, 16, buckets=False)[0] == [(clips[2], (64, 64), 4)]
+    assert dataset.survey(clips, dataset.Cut((64, 64), 5, 16, False))[0] == [(clips[2], (64, 64), 4)]
     assert [(path.name, reason.partition(":")[0]) for path, reason in skipped] == [
         ("broken.mp4", skipped[0].reason.partition(":")[0]), ("gone.mp4", "no such file"), ("short.mp4", "too short"),
         ("long.mp4", "no caption"),

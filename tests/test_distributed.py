@@ -222,7 +222,7 @@ def _work_together(model, folder):
         clipped = [gradient.full_tensor().norm() for gradient in sharded.values()]
         found["clipped"] = torch.stack(clipped).norm().item()
         found["shard"] = list(parameters["blocks.0.ffn.0.lora_A"].to_local().shape)
-        full = train.full_models(opened, models, config)
+        full = resume.full_models(models, train.outline(opened, config))
         found["full"] = rank == 1 or str(lora.extract(full["transformer"])) == str(lora.extract(alone))
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 

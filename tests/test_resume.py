@@ -7,8 +7,11 @@ import signal
 
 import pytest
 import torch
+from small import model_fixture  # noqa: F401 (a fixture)
 
+from model import Wan
 from support import report, resume
+from wan import checkpoint
 
 SETTINGS, INPUTS = {"lr": 0.1, "steps": 99, "batch": 2, "save_every": 1, "device": "cpu", "keep": 2}, {"clips": "1"}
 
@@ -128,3 +131,13 @@ def test_a_signal_is_only_noted_and_the_second_is_not(tmp_path, capfd):
         assert run.stop and "after this step" in capfd.readouterr().err
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_fingerprint_tells_weights_apart(model):
+    opened = checkpoint.open(model, Wan)
+    vae = opened.vae()
+    before = resume.fingerprint(vae)
+    assert resume.fingerprint(opened.vae()) == before
+    with torch.no_grad():
+        vae.decoder.conv1.bias[3] += 1e-6
+    assert resume.fingerprint(vae) != before

@@ -24,7 +24,8 @@ import sample
 import train
 from model import Wan
 from support import dataset, media, resume
-from train import Dataset, TrainConfig
+from support.dataset import Dataset
+from train import TrainConfig
 from wan import checkpoint
 from wan.text import UMT5Encoder
 from wan.vae import WanVAE

@@ -354,6 +354,26 @@ class Opened:
         command = f"hf download {self.published}{suffix} {what}--local-dir {self.folder.as_posix()}"
         return f"`{command}` gets the published one"
 
+    def save_with(
+        self, folder: Path, transformer: nn.Module, text_encoder: text.UMT5Encoder | None = None,
+        expert: str | None = None, boundary: float | None = None,
+    ) -> None:  # fmt: skip
+        """Write this model as a -Diffusers folder with another transformer, and maybe another text encoder.
+
+        expert: of two, which one ("high" or "low") `transformer` is; the other stays. boundary: None for the preset's.
+        """
+        experts, preset = {expert or "high": transformer}, self.preset
+        if expert:
+            other = "low" if expert == "high" else "high"
+            experts[other] = self.transformer(expert=other)
+        if boundary is not None:
+            preset = replace(preset, boundary=boundary)
+        save_pipeline(
+            folder, experts["high"], self.vae(), text_encoder or self.text_encoder(), self.tokenizer(), preset.shift,
+            transformer_2=experts.get("low"), boundary=preset.boundary,
+        )  # fmt: skip
+        save_preset(folder, preset)
+
 
 @functools.cache  # every part that is loaded asks again
 def _download(repository: str, patterns: tuple[str, ...]) -> Path:
