@@ -159,12 +159,9 @@ class Wan(nn.Module):
 
     def init_weights(self) -> "Wan":
         """What training from scratch starts from: the output layer at zero, so the first guess is zero velocity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
+        for layer in (*(module for module in self.modules() if isinstance(module, nn.Linear)), self.patch_embedding):
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            nn.init.zeros_(layer.bias)
         for linear in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
