@@ -86,11 +86,7 @@ def merge(model: nn.Module, lora: LoRA, strength: float = 1.0) -> None:
         parameter.copy_(parameter.float() + strength * diff.to(parameter.device, torch.float32))
 
 
-def main() -> None:
-    from model import Wan  # here, as the method itself knows no model: only `inspect --model` looks at one
-
-    command(Wan)
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    from model import Wan  # only the command knows a network: `inspect --model` compares a file with one
+
+    cli.run(lambda: command(Wan))

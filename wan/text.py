@@ -125,7 +125,11 @@ class UMT5Encoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
         self.norm = T5Norm(config.dim)
-        # T5's initialisation: each linear keeps unit variance, and q is small enough to stand in for 1/sqrt(d).
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """T5's initialisation: each linear keeps unit variance, and q is small enough to stand in for 1/sqrt(d)."""
+        config = self.config
         nn.init.normal_(self.token_embedding.weight, std=1.0)
         for block in self.blocks:
             attn, ffn = block.attn, block.ffn
