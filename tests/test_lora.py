@@ -482,6 +482,12 @@ PAIR = {"blocks.0.ffn.0.lora_A.weight": A, "blocks.0.ffn.0.lora_B.weight": B}
         ({**PAIR, "blocks.0.ffn.0.alpha": A[0, 0] / 0}, r"numbers in blocks\.0\.ffn\.0\.alpha that are not finite"),
         ([A, B], "not a flat dict of tensors"),
         ({"state_dict": PAIR}, "not a flat dict of tensors"),
+        ({"model_state": PAIR}, "not a flat dict of tensors"),
+        ({**PAIR, 1: A}, "not a flat dict of tensors"),
+        ({**PAIR, "blocks.0.ffn.0.diff": A.to_sparse()}, "not a flat dict of tensors"),
+        ({**PAIR, "blocks.0.ffn.0.diff": A.to("meta")}, "not a flat dict of tensors"),
+        ({**PAIR, "blocks.0.ffn.0.diff": torch.nested.nested_tensor([A, B])}, "not a flat dict of tensors"),
+        ({**PAIR, "blocks.0.ffn.0.diff": torch.quantize_per_tensor(A, 1.0, 0, torch.quint8)}, "not a flat dict of ten"),
     ],
 )
 def test_a_file_that_is_not_wholly_understood(tmp_path, tensors, message):

@@ -91,15 +91,12 @@ def train_or_resume(config: TrainConfig, result: Path) -> None:
 
 @torch.no_grad()
 def measure_latents(vae: WanVAE, count: int = 256) -> None:
-    """Put the mean and standard deviation of each channel of the latents into the VAE's config.
-
-    The deviation is that of latents drawn with their noise. In a channel that the VAE does not use, the mean hardly
-    varies: by its deviation alone, such a channel would be blown up to the size of the others.
+    """Put mean and standard deviation of each latent channel into the VAE's config, of latents drawn with their noise:
+    without it, a channel that the VAE does not use would be blown up to the size of the others.
     """
     moments = [vae.moments(world.render(scene)[None]) for scene in world.scenes(count, seed=2)]
     means, log_variances = (torch.cat(part) for part in zip(*moments, strict=True))
-    mean = means.mean((0, 2, 3, 4))
-    std = (means.var((0, 2, 3, 4)) + log_variances.exp().mean((0, 2, 3, 4))).sqrt()
+    mean, std = means.mean((0, 2, 3, 4)), (means.var((0, 2, 3, 4)) + log_variances.exp().mean((0, 2, 3, 4))).sqrt()
     vae.config = dataclasses.replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
 
 

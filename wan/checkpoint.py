@@ -259,9 +259,16 @@ class Opened:
     def _config(self, part: str) -> Any:
         """The config of a part in any layout. ValueError for a model that is not text-to-video, and for another VAE."""
         config_class = {"vae": VAEConfig, "text_encoder": text.T5Config}.get(part, self.network.config_class)
-        _, name, diffusers = self._part(part)
-        if name is None:
-            config, class_name = config_class(**self._measured(part)), None
+        weights, name, diffusers = self._part(part)
+        if name is None:  # all sizes are in the shapes of the part's tensors
+            shapes, class_name = {name: tensor.shape for name, tensor in self._stored(part).items()}, None
+            try:
+                measured = configs.from_shapes(part, shapes)
+            except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+                reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else error
+                found = f"the weights in {self.folder / weights[0]} are not Wan2.1's ({reason})"
+                raise ValueError(f"{found}; {self._advice()}") from None
+            config = config_class(**measured)
         else:
             path = self._need(name)
             theirs = _json(path)
@@ -273,16 +280,6 @@ class Opened:
             expected = "expected a text-to-video (T2V) model: it serves every task here"
             raise ValueError(f"{self.name} is {kind}, {expected}; use {SMALL}, {LARGE} or {TWO_EXPERTS}")
         return config
-
-    def _measured(self, part: str) -> dict:
-        """The fields of a config that is not there: all sizes are in the shapes of the part's tensors."""
-        shapes = {name: tensor.shape for name, tensor in self._stored(part).items()}
-        try:
-            return configs.from_shapes(part, shapes)
-        except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-            reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else error
-            found = f"the weights in {self.folder / self._part(part).weights[0]} are not Wan2.1's ({reason})"
-            raise ValueError(f"{found}; {self._advice()}") from None
 
     def _stored(self, part: str) -> dict[str, files.Stored]:
         """What the files with a part's weights hold. Nothing is read yet."""

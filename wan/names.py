@@ -1,7 +1,6 @@
 """What the tensors of a Wan model are called in a -Diffusers folder.
 
-Everywhere else they have their original names, those of the files that the authors of Wan2.1 published. Each table is
-a list of substitutions for one part of the model:
+Everywhere else they have their original names, those of the published Wan2.1 files. Each table is of one part:
 
     rename("blocks.0.self_attn.q.weight", TRANSFORMER_NAMES)    # blocks.0.attn1.to_q.weight
 """
@@ -11,8 +10,7 @@ from collections.abc import Callable
 
 Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 
-# Original name -> -Diffusers name: substitutions, applied in this order. The way back is the inverse of what they give
-# for the names that a model has.
+# Original name -> -Diffusers name: substitutions, applied in this order.
 TRANSFORMER_NAMES = (
     (r"^(time|text)_embedding\.0\b", r"condition_embedder.\1_embedder.linear_1"),
     (r"^(time|text)_embedding\.2\b", r"condition_embedder.\1_embedder.linear_2"),
@@ -25,17 +23,14 @@ TRANSFORMER_NAMES = (
     (r"\.ffn\.2\b", ".ffn.net.2"),
     (r"\.norm3\b", ".norm2"),  # the affine norm; the other two have no weights
     (r"^head\.head\b", "proj_out"),
-    (r"^head\.modulation\b", "scale_shift_table"),
-    (r"\.modulation\b", ".scale_shift_table"),
+    (r"(^head\.)?\bmodulation\b", "scale_shift_table"),
 )
 # Every layer of a transformer that has parameters, with {} for a block's number. A modulation counts as one.
 TRANSFORMER_LAYERS = (
     "patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
     "time_projection.1", "head.head", "head.modulation",
-    "blocks.{}.self_attn.q", "blocks.{}.self_attn.k", "blocks.{}.self_attn.v", "blocks.{}.self_attn.o",
-    "blocks.{}.self_attn.norm_q", "blocks.{}.self_attn.norm_k", "blocks.{}.norm3", "blocks.{}.modulation",
-    "blocks.{}.cross_attn.q", "blocks.{}.cross_attn.k", "blocks.{}.cross_attn.v", "blocks.{}.cross_attn.o",
-    "blocks.{}.cross_attn.norm_q", "blocks.{}.cross_attn.norm_k", "blocks.{}.ffn.0", "blocks.{}.ffn.2",
+    *(f"blocks.{{}}.{kind}_attn.{layer}" for kind in ("self", "cross") for layer in (*"qkvo", "norm_q", "norm_k")),
+    "blocks.{}.norm3", "blocks.{}.modulation", "blocks.{}.ffn.0", "blocks.{}.ffn.2",
 )  # fmt: skip
 VAE_NAMES = (
     (r"^conv1\.", "quant_conv."),
