@@ -49,12 +49,15 @@ def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str
     return files
 
 
-def check_clips(folder: Path, config: Config, may_change: set[str]) -> None:
-    """Raise ValueError if a folder of clips holds anything else than a run with these settings began.
+def clip_folder(config: Config, may_change: set[str]) -> Path:
+    """The folder `config.out` for clips. ValueError if it holds anything else than a run with these settings began.
 
     may_change: the settings that need not be those in its `settings.json`.
     """
+    folder = Path(config.out or "a.mp4")
     record = folder / "settings.json"
+    if folder.is_file() or folder.suffix in (".mp4", ".gif"):
+        raise ValueError(f"got {config.out} as --out of --prompts, expected a folder for the clips, such as data/mine")
     if record.is_file():
         begun = vars(read(record, type(config)))
         for name, now in vars(config).items():
@@ -65,3 +68,4 @@ def check_clips(folder: Path, config: Config, may_change: set[str]) -> None:
         raise ValueError(
             f"got --out {folder}, which holds other files, expected a new folder or one that --prompts began"
         )
+    return folder

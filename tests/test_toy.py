@@ -93,7 +93,7 @@ def test_diffusers_makes_the_same_video(pipe):
         )
     )  # fmt: skip
     vae, job = opened.vae(), sample.lay_out(config, opened.preset.frames)
-    (latents,) = sample.generate(config, opened, job, vae, {}, [sample.Clip(config.prompt, config.seed)])
+    (latents,) = sample.generate(sample.Experts(config, opened, [config.prompt]), vae, job, (), [config.seed], None)
     video = vae.decode(latents)
     x1 = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
     frames = pipe(
