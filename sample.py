@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +29,7 @@ import flow
 import lora
 import tasks
 from model import Wan
-from support import cli, cost, dataset, media, plots, records
-from support.offload import offload
+from support import cli, cost, dataset, media, offload, plots, records
 from wan import checkpoint
 
 EXAMPLES = Path("clips")
@@ -84,14 +82,10 @@ class SampleConfig:
     from_json: str | None = cli.option(None, "repeat the run of this file; only --out, --overwrite and --dry-run count")
 
 
-# What to make: every setting, and the plan of each window.
-
-
 def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
     """Open the model of a run and settle every setting: what comes out makes the same video from the same files."""
     if config.from_json:
-        own = {name: getattr(config, name) for name in ("out", "overwrite", "dry_run")}
-        config = replace(records.read(Path(config.from_json), SampleConfig), **own)
+        config = records.repeated(config, "out", "overwrite", "dry_run")
         cli.pick_device(config.device)
         return config, checkpoint.open(config.model, Wan)
     opened = checkpoint.open(config.model, Wan)
@@ -100,7 +94,13 @@ def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
 
 def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     """Put a value in place of everything that was left to the model, the clip or the machine."""
-    _refuse_together(config)
+    alone = config.task == "t2v" and config.prompt is None and not config.overwrite and not config.plot
+    if config.prompts is not None and not alone:
+        raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected "
+                         "none of them; to make clips anew, choose another --out")  # fmt: skip
+    for one, other in (("seconds", "frames"), ("lora", "no_lora")):
+        if getattr(config, one) and getattr(config, other) not in (None, False):
+            raise ValueError(f"got --{one} and --{other.replace('_', '-')}, expected one of the two")
     preset = replace(opened.preset, **DISTILLED.get(config.preset, {}))
     values = asdict(preset) | {"size": "{}x{}".format(*preset.size), "noise": None}
     if preset.noise is not None and tasks.TASKS[config.task].noise:
@@ -111,8 +111,8 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
         values["guidance_2"] = preset.guidance if config.guidance is None else config.guidance
     loras, own, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
     if loras is None:  # the model folder's own is for finished videos
-        alone = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not own.exists()
-        loras = () if alone else (own.as_posix(),)
+        bare = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not own.exists()
+        loras = () if bare else (own.as_posix(),)
     config = replace(
         config,
         **{name: value for name, value in values.items() if getattr(config, name) is None},
@@ -122,26 +122,12 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     )
     second = config.boundary is not None or config.guidance_2 is not None
     if not opened.two_experts and (second or any(lora.parse_entry(name)[0] for name in config.lora)):
-        raise ValueError(
-            f"got --boundary, --guidance-2, or a LoRA for high or low noise, but {config.model} has one transformer, "
-            "not two experts; leave these out"
-        )
+        raise ValueError("got --boundary, --guidance-2, or a LoRA for high or low noise, but "
+                         f"{config.model} has one transformer, not two experts; leave these out")  # fmt: skip
     cli.check(config)  # a model's preset may be out of range, too
     if config.seconds is not None:
         config = replace(config, frames=4 * round(config.seconds * config.fps / 4) + 1, seconds=None)
     return _with_inputs(config)
-
-
-def _refuse_together(config: SampleConfig) -> None:
-    alone = config.task == "t2v" and config.prompt is None and not config.overwrite and not config.plot
-    if config.prompts is not None and not alone:
-        raise ValueError(
-            "got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected none of them; "
-            "to make clips anew, choose another --out"
-        )
-    for one, other in (("seconds", "frames"), ("lora", "no_lora")):
-        if getattr(config, one) and getattr(config, other) not in (None, False):
-            raise ValueError(f"got --{one} and --{other.replace('_', '-')}, expected one of the two")
 
 
 def _with_inputs(config: SampleConfig) -> SampleConfig:
@@ -218,9 +204,6 @@ def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
     return inputs
 
 
-# The method: noise, conditions, guidance, denoise, window by window.
-
-
 def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
     """Which expert ("high", also the only one, or "low") walks which part of a table (K+1, F), and its guidance.
 
@@ -234,23 +217,24 @@ def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
 
 
 class Experts:
-    """The transformers of a run, one at a time in memory, and the prompts that they know.
-
-    Embeddings are stored in $NANOPUSA_CACHE, or ~/.cache/nanopusa. The text encoder is gone when this is made.
-    """
+    """What a run has in memory: the VAE, embeddings of its prompts, and one at a time, its transformers."""
 
     def __init__(self, config: SampleConfig, opened: checkpoint.Opened, prompts: Sequence[str]):
         self.config, self.opened, self.prompts, self.dtype = config, opened, prompts, getattr(torch, config.dtype)
-        self.home = "cpu" if config.offload else config.device
+        opened.fetch()
+        self.vae, self.home = opened.vae(device=config.device), "cpu" if config.offload else config.device
         folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
         self.context = opened.encode_prompts([*prompts, config.negative_prompt], self.dtype, self.home, folder)
-        self.name = self.transformer = None
-        self.velocities: dict[tuple[str, str], flow.Velocity] = {}  # the last one, with its keys and values
+        self.clear()
+
+    def clear(self) -> None:
+        """Let the transformer go, and the velocity that has the keys and values of a prompt."""
+        self.name = self.transformer = self.prompt = self.velocity = None
 
     def load(self, name: str) -> Wan:
         """The "high" or "low" transformer with its LoRAs merged; the earlier one is let go before it is loaded."""
         if name != self.name:
-            self.transformer = None
+            self.clear()
             loras = map(lora.parse_entry, self.config.lora)
             changes = [(lora.load(path), strength) for expert, path, strength in loras if expert in ("", name)]
             transformer = self.opened.transformer(self.dtype, self.home, name)
@@ -259,22 +243,20 @@ class Experts:
             if self.config.compile:
                 transformer.compile_blocks()
             if self.config.offload:
-                offload(transformer, self.config.device)
+                offload.offload(transformer, self.config.device)
             self.name, self.transformer = name, transformer
         return self.transformer
 
     def led_by(self, prompt: str, expert: str, guidance: float) -> flow.Velocity:
         """The guided velocity of an expert, whose keys and values stay until another prompt or expert comes."""
-        if (expert, prompt) not in self.velocities:
-            self.velocities.clear()
-            transformer = self.load(expert)
+        transformer = self.load(expert)
+        if self.velocity is None or self.prompt != prompt:
+            self.velocity = None
             contexts = (self.context([text]).to(self.config.device) for text in (prompt, self.config.negative_prompt))
-            self.velocities[expert, prompt] = guided_velocity(transformer, *contexts, guidance)
-        return self.velocities[expert, prompt]
+            self.velocity, self.prompt = guided_velocity(transformer, *contexts, guidance), prompt
+        return self.velocity
 
-    def walk(
-        self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, on_step: flow.OnStep = None
-    ) -> Tensor:
+    def walk(self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, on_step: flow.OnStep = None) -> Tensor:
         """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts, by one expert after the other."""
         z = list(flow.interpolate(x0, x1, taus[:1].to(x1.device)).split(1))
         for expert, guidance, part in legs(self.config, taus):
@@ -285,20 +267,19 @@ class Experts:
 
 @torch.no_grad()
 def generate(
-    experts: Experts, vae: nn.Module, job: Job, inputs: Sequence[Tensor], seeds: Sequence[int], on_step: flow.OnStep
+    experts: Experts, job: Job, inputs: Sequence[Tensor], seeds: Sequence[int], on_step: flow.OnStep = None
 ) -> Iterator[Tensor]:
     """The latents (1, 16, F, H, W), fp32, of one clip after another, for each prompt of the experts and its seed.
 
     Two experts take turns at groups of clips. `on_step(k, z)` is called after each step of every clip and expert.
     """
-    width, height = cli.parse_size(experts.config.size)
+    config, vae, (width, height) = experts.config, experts.vae, cli.parse_size(experts.config.size)
     shape = (1, experts.opened.config.in_dim, len(job.plans[0].m), height // 8, width // 8)
-    turn = 1 if experts.config.boundary is None else TURN
+    turn = 1 if config.boundary is None else TURN
     for group in (slice(first, first + turn) for first in range(0, len(seeds), turn)):
         generators, made = [torch.Generator().manual_seed(seed) for seed in seeds[group]], None
         for plan, taus in zip(job.plans, job.taus, strict=True):
-            x1 = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-            x1 = x1.to(experts.config.device)
+            x1 = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(config.device)
             x0 = conditions(vae, plan, inputs, x1) if made is None else carried_over(vae, made, job, x1)
             z = experts.walk(experts.prompts[group], x0, x1, taus, on_step)
             made = z if made is None else joined(made, z, job)
@@ -345,11 +326,10 @@ def carried_over(vae: nn.Module, made: Tensor, job: Job, like: Tensor) -> Tensor
     if job.backwards:  # at the end of a window there is no such difference; only the lone frame has no place there
         x0[:, :, -job.carried :] = made[:, :, 1 : 1 + job.carried]
         return x0
-    older = (job.carried + 1) // 2
-    newer = made[:, :, made.shape[2] - job.carried + older :]
-    past = made[:, :, max(0, made.shape[2] - like.shape[2]) : made.shape[2] - newer.shape[2]]
-    pixels = vae.decode(past)[:, :, -tasks.pixel_frames(older) :]
-    x0[:, :, : job.carried] = torch.cat([vae.encode(pixels).to(made.dtype), newer], dim=2)
+    W, newer = like.shape[2], job.carried // 2
+    past, recent = made[:, :, -W:].split([W - newer, newer], dim=2)
+    pixels = vae.decode(past)[:, :, -tasks.pixel_frames(job.carried - newer) :]
+    x0[:, :, : job.carried] = torch.cat([vae.encode(pixels).to(made.dtype), recent], dim=2)
     return x0
 
 
@@ -367,9 +347,6 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode(latents)[0].float().cpu()
 
 
-# The command: from files to files.
-
-
 def sample(config: SampleConfig) -> dict[str, Path]:
     """Run a config from files to files, and return their paths."""
     config, opened = prepare(config)
@@ -385,10 +362,8 @@ def sample(config: SampleConfig) -> dict[str, Path]:
 
 def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
     started, steps = time.monotonic(), len(job.taus[0]) - 1
-    outputs = partial(records.outputs, config.out, config.task, config.plot, config.overwrite)
-    files, inputs = outputs(), read_inputs(config, job.plans[0])
-    opened.fetch()
-    vae = opened.vae(device=config.device)
+    files = records.outputs(config.out, config.task, config.plot, config.overwrite)
+    inputs, experts = read_inputs(config, job.plans[0]), Experts(config, opened, [config.prompt])
     progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
     drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see
     states: dict[int, Tensor] = {}
@@ -398,18 +373,15 @@ def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> di
         if config.plot and progress.done in drawn:  # of the first window
             states[progress.done] = z
 
-    (latents,) = generate(Experts(config, opened, [config.prompt]), vae, job, inputs, [config.seed], on_step)
-    video, title = decode(vae, latents), f"{config.task}: {config.prompt}"
-    if config.out is None:
-        files = outputs()  # another run may have taken the number that was free when this one began
-    media.write_video(files["video"], video, config.fps)
-    media.save_image(files["filmstrip"], media.filmstrip([(title, video)], marks=[given_frames(job)]))
+    (latents,) = generate(experts, job, inputs, [config.seed], on_step)
+    experts.clear()
+    video = decode(experts.vae, latents)
+    files = records.write_run(config, files, video, given_frames(job))
     if config.plot:
         marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
         plots.tau_table(files["tau"], job.taus[0], marks, config.task)
-        rows = [(f"after step {k}", decode(vae, z)) for k, z in states.items()]
+        rows = [(f"after step {k}", decode(experts.vae, z)) for k, z in states.items()]
         media.save_image(files["denoising"], media.filmstrip(rows, height=48))
-    records.write(files["settings"], replace(config, out=str(files["video"]), overwrite=False))
     print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
     print(*files.values(), sep="\n")
     return files
@@ -422,15 +394,13 @@ def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> d
     done, steps = len(prompts) - len(missing), len(job.taus[0]) - 1
     progress = cli.Progress(len(prompts) * steps, "denoising", done * steps)
     if missing:
-        opened.fetch()
-        vae = opened.vae(device=config.device)
         experts = Experts(config, opened, [prompts[n] for n in missing])
         seeds = [config.seed * 1_000_003 + n for n in missing]  # with its own, --prompt makes one of these clips alone
-        made = generate(experts, vae, job, (), seeds, lambda k, z: progress.step())
+        made = generate(experts, job, (), seeds, lambda k, z: progress.step())
         try:
             for n, latents in zip(missing, made, strict=True):
                 records.write(out / "settings.json", config)  # only now, as a run that fails before shall leave nothing
-                dataset.write_clip(out, n, decode(vae, latents), config.fps, prompts[n])
+                dataset.write_clip(out, n, decode(experts.vae, latents), config.fps, prompts[n])
                 done += 1
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped at {done} of {len(prompts)} clips; the same command goes on") from None

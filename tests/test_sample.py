@@ -76,8 +76,7 @@ def _latents(model, task, clip=None, **changes):
     job = sample.lay_out(config, opened.preset.frames)
     plan = job.plans[0]
     inputs = sample.read_inputs(config, plan) if clip is None else [tasks.cut(slot, clip) for slot in plan.given]
-    experts = sample.Experts(config, opened, [config.prompt])
-    (latents,) = sample.generate(experts, opened.vae(), job, inputs, [config.seed], None)
+    (latents,) = sample.generate(sample.Experts(config, opened, [config.prompt]), job, inputs, [config.seed])
     return latents
 
 
@@ -528,8 +527,9 @@ def test_offload_gives_the_same_video(run, tmp_path):
 
 def test_offload_leaves_the_blocks_to_the_cpu(model):
     config, opened = sample.prepare(sample.SampleConfig(task="t2v", model=str(model), offload=True))
-    wan = sample.Experts(dataclasses.replace(config, device="meta"), opened, []).load("high")
-    for name, parameter in wan.named_parameters():
+    experts = sample.Experts(config, opened, [])
+    experts.config = dataclasses.replace(config, device="meta")
+    for name, parameter in experts.load("high").named_parameters():
         assert parameter.device.type == ("cpu" if name.startswith("blocks.") else "meta"), name
 
 
