@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.lora_files import LoRA, Pair, cli, command, load, save  # noqa: F401  load and save belong to the method too
+from wan.lora_files import LoRA, Pair, cli, command, load, parse_entry, save  # noqa: F401  load and save belong to the method too
 
 TARGETS = (*(f"{name}_attn.{layer}" for name in ("self", "cross") for layer in "qkvo"), "ffn.0", "ffn.2")
 

@@ -100,18 +100,6 @@ def read_video(
     return torch.stack(list(_pictures(Path(path), size, fps, first, last)), dim=1)
 
 
-def read_frame(path: Path | str, index: int, size: tuple[int, int] | None = None) -> Tensor:
-    """The frame of a video that has this number, from 0 → (3, H, W) in [-1, 1]; `size` as in `read_video`.
-
-    ValueError if the file cannot be read, or has no such frame.
-    """
-    with _opened(path, _Video) as file:
-        for number, (_, _, frame) in enumerate(file.timed()):
-            if number == index:
-                return file.convert(frame, size)
-    raise ValueError(f"{path} has frames 0 to {number}, and not {index}; choose one of them")
-
-
 def read_windows(path: Path | str, size: tuple[int, int], fps: float, frames: int) -> Iterator[Tensor]:
     """A clip cut from its start into windows (3, N, H, W) of N = `frames`; a rest that fills none is left out.
 
@@ -128,9 +116,9 @@ def probe(path: Path | str, fps: float) -> tuple[int, int, int]:
     The number is that of `read_video` where the packets of the file tell the truth about their times.
     ValueError if the file cannot be read.
     """
+    height, width = read_video(path, first=1).shape[2:]
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        return *read_image(path).shape[:0:-1], 1
-    height, width = read_frame(path, 0).shape[1:]
+        return width, height, 1
     with _opened(path, _Video) as file:
         starts, ends = zip(*((start, end) for start, end, _ in file.timed(packets=True)), strict=True)
     return width, height, max(1, floor((max(ends) - min(starts)) * Fraction(fps) + Fraction(1, 2)))
@@ -177,9 +165,19 @@ def _pick(timed: Iterable, fps: Fraction) -> Iterator[av.VideoFrame]:
         shown = max(shown, count)
 
 
-def read_image(path: Path | str, size: tuple[int, int] | None = None) -> Tensor:
-    """Read an image upright, as its EXIF orientation says → (3, H, W) in [-1, 1]; `size` as in `read_video`."""
-    with _opened(path, "pillow") as file:
+def read_image(name: Path | str, size: tuple[int, int] | None = None) -> Tensor:
+    """Read an image upright, as its EXIF orientation says → (3, H, W) in [-1, 1]; `size` as in `read_video`.
+
+    FILE@N is frame N, from 0, of a video. ValueError if the file cannot be read, or has no such frame.
+    """
+    path, _, index = str(name).rpartition("@")
+    if index.isdecimal() and Path(path).suffix.lower() in VIDEO_SUFFIXES:
+        with _opened(path, _Video) as file:
+            for number, (_, _, frame) in enumerate(file.timed()):
+                if number == int(index):
+                    return file.convert(frame, size)
+        raise ValueError(f"{path} has frames 0 to {number}, and not {index}; choose one of them")
+    with _opened(name, "pillow") as file:
         image = Image.fromarray(file.read(index=0, mode="RGB"))
         orientation = file.metadata(index=0, exclude_applied=False).get("Orientation", 1)
     # The plugin's own `rotate` mirrors the colours of a grey picture in place of its columns.

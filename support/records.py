@@ -1,4 +1,4 @@
-"""Records of runs: a JSON file with every setting, which repeats the run or goes on with it; and free file names."""
+"""What runs leave: a video, its filmstrip, and a JSON file with every setting, which repeats the run."""
 
 import dataclasses
 import json
@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from support import cli
+from support import cli, media
 
 Config = TypeVar("Config")  # a dataclass of settings
 
@@ -31,6 +32,12 @@ def read(path: Path, config_class: type[Config]) -> Config:
     return config
 
 
+def repeated(config: Config, *own: str) -> Config:
+    """The settings of the run whose record is `config.from_json`, but for these of `config` itself."""
+    record = read(Path(config.from_json), type(config))
+    return dataclasses.replace(record, **{name: getattr(config, name) for name in own})
+
+
 def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str, Path]:
     """The files of a run, by default with the first free number of outputs/NAME-001.mp4, outputs/NAME-002.mp4, ...
 
@@ -49,12 +56,25 @@ def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str
     return files
 
 
-def check_clips(folder: Path, config: Config, may_change: set[str]) -> None:
-    """Raise ValueError if a folder of clips holds anything else than a run with these settings began.
+def write_run(config: Config, files: dict[str, Path], video: Tensor, given: list[bool]) -> dict[str, Path]:
+    """Write the video (3, N, H, W), its filmstrip, which shows what was given, and its settings; where they went."""
+    if config.out is None:  # another run may have taken the number that was free when this one began
+        files = outputs(config.out, config.task, config.plot, config.overwrite)
+    media.write_video(files["video"], video, config.fps)
+    media.save_image(files["filmstrip"], media.filmstrip([(f"{config.task}: {config.prompt}", video)], marks=[given]))
+    write(files["settings"], dataclasses.replace(config, out=str(files["video"]), overwrite=False))
+    return files
+
+
+def clip_folder(config: Config, may_change: set[str]) -> Path:
+    """The folder `config.out` for clips. ValueError if it holds anything else than a run with these settings began.
 
     may_change: the settings that need not be those in its `settings.json`.
     """
+    folder = Path(config.out or "a.mp4")
     record = folder / "settings.json"
+    if folder.is_file() or folder.suffix in (".mp4", ".gif"):
+        raise ValueError(f"got {config.out} as --out of --prompts, expected a folder for the clips, such as data/mine")
     if record.is_file():
         begun = vars(read(record, type(config)))
         for name, now in vars(config).items():
@@ -65,3 +85,4 @@ def check_clips(folder: Path, config: Config, may_change: set[str]) -> None:
         raise ValueError(
             f"got --out {folder}, which holds other files, expected a new folder or one that --prompts began"
         )
+    return folder

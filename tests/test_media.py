@@ -124,7 +124,7 @@ def test_reading_stops_once_there_are_enough_frames(tmp_path):
     start = content.index(b"mdat")
     path.write_bytes(content[: start + (len(content) - start) // 2])  # the second half is lost
     assert media.read_video(path, first=4).shape[1] == 4
-    assert media.read_frame(path, 4).shape == (3, 32, 32)
+    assert media.read_image(f"{path}@4").shape == (3, 32, 32)
 
 
 def test_first_and_last_frames_alone(tmp_path):
@@ -136,9 +136,9 @@ def test_first_and_last_frames_alone(tmp_path):
             part = media.read_video(tmp_path / "a.mp4", fps=fps, first=first, last=last)
             assert torch.equal(part, video[:, : first or N][:, -(last or N) :])
     whole = media.read_video(tmp_path / "a.mp4")
-    assert torch.equal(media.read_frame(tmp_path / "a.mp4", 11), whole[:, 11])
+    assert torch.equal(media.read_image(f"{tmp_path / 'a.mp4'}@11"), whole[:, 11])
     with pytest.raises(ValueError, match=r"a\.mp4 has frames 0 to 15, and not 16"):
-        media.read_frame(tmp_path / "a.mp4", 16)
+        media.read_image(f"{tmp_path / 'a.mp4'}@16")
 
 
 def test_a_sideways_phone_clip_is_read_upright(tmp_path):
@@ -207,7 +207,7 @@ def test_unreadable_files_and_impossible_wishes(tmp_path):
     with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
-    for read in (media.read_video, lambda path: media.read_frame(path, 0), lambda path: media.probe(path, 16)):
+    for read in (media.read_video, lambda path: media.read_image(f"{path}@0"), lambda path: media.probe(path, 16)):
         with pytest.raises(ValueError, match=r"sound\.mp4 cannot be read as a video \(damaged, or without pictures\)"):
             read(tmp_path / "sound.mp4")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image \(damaged"):

@@ -43,9 +43,8 @@ def pusa():
 
 @pytest.fixture(scope="module")
 def judged():
-    """The model with its LoRA, as it is judged, which knows the prompts of all scenes below, and its VAE."""
-    _, pusa = judge.base_and_pusa(str(MODEL), SCENES + PAIRS)
-    return pusa, pusa.opened.vae()
+    """The model with its LoRA, as it is judged, which knows the prompts of all scenes below."""
+    return judge.base_and_pusa(str(MODEL), SCENES + PAIRS)[1]
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +91,9 @@ def test_diffusers_makes_the_same_video(pipe):
             model=str(MODEL), no_lora=True, dtype="float32", device="cpu", seed=5,
         )
     )  # fmt: skip
-    vae, job = opened.vae(), sample.lay_out(config, opened.preset.frames)
-    (latents,) = sample.generate(config, opened, job, vae, {}, [sample.Clip(config.prompt, config.seed)])
-    video = vae.decode(latents)
+    experts, job = sample.Experts(config, opened, [config.prompt]), sample.lay_out(config, opened.preset.frames)
+    (latents,) = sample.generate(experts, job, (), [config.seed])
+    video = experts.vae.decode(latents)
     x1 = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(5))
     frames = pipe(
         prompt=config.prompt, negative_prompt=config.negative_prompt, guidance_scale=3.0, num_inference_steps=4,
@@ -129,13 +128,13 @@ def test_diffusers_reads_the_lora_as_we_do(pipe, pusa):
 
 @torch.no_grad()
 def test_prompts_are_followed(judged, truth):
-    videos = judge.generate(*judged, SCENES, truth, "t2v")
+    videos = judge.generate(judged, SCENES, truth, "t2v")
     assert sum(map(judge.as_prompted, SCENES, videos)) >= len(SCENES) - 1
 
 
 @torch.no_grad()
 def test_two_shapes_get_their_own_words_more_often_than_by_chance(judged):
-    videos = judge.generate(*judged, PAIRS, torch.stack([world.render(scene) for scene in PAIRS]), "t2v")
+    videos = judge.generate(judged, PAIRS, torch.stack([world.render(scene) for scene in PAIRS]), "t2v")
     # Eight as measured; a model that mixes the words up has one.
     assert sum(map(judge.as_prompted, PAIRS, videos)) >= 6
 
@@ -143,7 +142,7 @@ def test_two_shapes_get_their_own_words_more_often_than_by_chance(judged):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "given"), [("i2v", 1), ("extend", 13)])
 def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, judged, truth):
-    videos = judge.generate(*judged, SCENES, truth, name)
+    videos = judge.generate(judged, SCENES, truth, name)
     for video, clip in zip(videos, truth, strict=True):
         assert judge.psnr(video[:, :given], clip[:, :given]) > 28
     assert sum(map(judge.held_to_the_end, SCENES, videos)) >= len(SCENES) - 1

@@ -137,6 +137,16 @@ def save(
             file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
+def parse_entry(entry: str) -> tuple[str, str, float | None]:
+    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH]; the colon of `C:` is of the path."""
+    expert, rest = re.fullmatch(r"(?:(high|low)=)?(.*)", entry, re.DOTALL).groups(default="")
+    path, colon, number = rest.rpartition(":")
+    try:
+        return (expert, path, float(number)) if colon else (expert, rest, None)
+    except ValueError:
+        return expert, rest, None
+
+
 def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = False) -> None:
     """Write the LoRA of a file in another layout of `LAYOUTS`, with the metadata that it has."""
     if Path(path).suffix != ".safetensors":
