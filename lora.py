@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.lora_files import LoRA, Pair, cli, command, load, parse_entry, save  # noqa: F401  load and save belong to the method too
+from support.cli import expect
+from wan.lora_files import LoRA, Pair, load, main, parse_entry, save  # noqa: F401  handed on
 
 TARGETS = (*(f"{name}_attn.{layer}" for name in ("self", "cross") for layer in "qkvo"), "ffn.0", "ffn.2")
 
@@ -75,7 +76,7 @@ def merge(model: nn.Module, lora: LoRA, strength: float = 1.0) -> None:
 
     Raises ValueError, before anything is changed, for a pair or diff that finds no parameter or does not fit it.
     """
-    cli.expect(math.isfinite(strength), f"LoRA strength {strength}", "a finite number such as 1.4")
+    expect(math.isfinite(strength), f"LoRA strength {strength}", "a finite number such as 1.4")
     lora.check(model)
     for layer, pair in lora.pairs.items():
         weight = model.get_parameter(f"{layer}.weight")
@@ -89,4 +90,4 @@ def merge(model: nn.Module, lora: LoRA, strength: float = 1.0) -> None:
 if __name__ == "__main__":
     from model import Wan  # only the command knows a network: `inspect --model` compares a file with one
 
-    cli.run(lambda: command(Wan))
+    main(Wan)

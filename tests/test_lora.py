@@ -3,6 +3,8 @@
 import json
 import pickle
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from small import Code, call, mistake
 
 import lora
 from model import Wan, WanConfig
-from wan import checkpoint, names
+from wan import checkpoint, lora_files, names
 from wan.lora_files import LoRA, Pair
 
 GOLDEN = "tests/golden/"
+COMMAND = SimpleNamespace(__file__=lora.__file__, main=partial(lora_files.command, Wan))  # what lora.py runs
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +386,7 @@ def test_each_layout(wan, tmp_path, pattern, suffix, dtype, alpha, writer):
     before = _snapshot(wan)
     lora.merge(wan, lora.load(path), 1.4)
     _merged_as_expected(wan, before, LoRA(pairs), 1.4)
-    shown = call(lora, "inspect", path)
+    shown = call(COMMAND, "inspect", path)
     assert shown.status == 0 and f"written by  {writer}" in shown.out and "rank        2, 5\n" in shown.out
 
 
@@ -547,7 +550,7 @@ def test_convert(wan, tmp_path, to):
         tensors |= {f"{flat}.lora_down.weight": A, f"{flat}.lora_up.weight": B, f"{flat}.alpha": torch.tensor(alpha)}
     save_file(tensors, tmp_path / "in.safetensors", {"base": "a model", "lora_adapter_metadata": "{}"})
     out = tmp_path / "new" / "out.safetensors"
-    ended = call(lora, "convert", tmp_path / "in.safetensors", out, "--to", to)
+    ended = call(COMMAND, "convert", tmp_path / "in.safetensors", out, "--to", to)
     assert ended.status == 0, ended.err
     expected = {"comfy": "diffusion_model.blocks.1.self_attn.o.lora_A.weight",
                 "peft": "transformer.blocks.1.attn1.to_out.0.lora_A.weight",
@@ -561,11 +564,11 @@ def test_convert(wan, tmp_path, to):
     _merged_as_expected(wan, before, change, 1.4)
 
     again = tmp_path / "again.safetensors"
-    assert call(lora, "convert", out, again, "--to", to).status == 0
+    assert call(COMMAND, "convert", out, again, "--to", to).status == 0
     assert again.read_bytes() == out.read_bytes()
-    mistake(call(lora, "convert", out, again), "again.safetensors exists", "--overwrite")
+    mistake(call(COMMAND, "convert", out, again), "again.safetensors exists", "--overwrite")
     assert again.read_bytes() == out.read_bytes()
-    assert call(lora, "convert", out, again, "--to", "comfy", "--overwrite").status == 0
+    assert call(COMMAND, "convert", out, again, "--to", "comfy", "--overwrite").status == 0
 
 
 def test_convert_keeps_whole_changes_or_refuses(wan, tmp_path):
@@ -575,10 +578,10 @@ def test_convert_keeps_whole_changes_or_refuses(wan, tmp_path):
     _merged_as_expected(wan, before, change, 1.4)
     count = len(_whole(wan))
     for to, lost in (("peft", count - 20), ("original", count)):  # PEFT has the biases of the twenty pairs
-        ended = call(lora, "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", to)
+        ended = call(COMMAND, "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", to)
         mistake(ended, f"{lost} changes of whole parameters", "use comfy")
-    mistake(call(lora, "convert", tmp_path / "a.safetensors"), "expected convert IN OUT")
-    mistake(call(lora, "convert", tmp_path / "a.safetensors", tmp_path / "b.pt"), "ends in .safetensors")
+    mistake(call(COMMAND, "convert", tmp_path / "a.safetensors"), "expected convert IN OUT")
+    mistake(call(COMMAND, "convert", tmp_path / "a.safetensors", tmp_path / "b.pt"), "ends in .safetensors")
     with pytest.raises(ValueError, match="layout kohya, expected one of comfy, peft, original"):
         lora.save(tmp_path / "b.safetensors", change, to="kohya")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
@@ -592,7 +595,7 @@ def test_inspect(wan, tmp_path):
     path = tmp_path / "a.safetensors"
     lora.save(path, LoRA(pairs, diffs), base="tiny", metadata={"steps": "900"})
     checkpoint.save_pipeline(tmp_path / "model", wan)
-    shown = call(lora, "inspect", path, "--model", tmp_path / "model")
+    shown = call(COMMAND, "inspect", path, "--model", tmp_path / "model")
     assert shown.status == 0, shown.err
     rows = dict(line.split(maxsplit=1) for line in shown.out.replace("written by", "writer").splitlines())
     assert rows["changes"] == "2 layers by a pair, 1 whole parameters"
@@ -602,7 +605,7 @@ def test_inspect(wan, tmp_path):
     assert rows["strongest"] == "blocks.1.self_attn.q (10), blocks.0.self_attn.q (5), head.modulation (2)"
 
     lora.save(path, LoRA({**pairs, "blocks.2.ffn.0": Pair(A.clone(), B.clone())}, diffs))
-    mistake(call(lora, "inspect", path, "--model", tmp_path / "model"), "matched 3 of 4", "blocks.2.ffn.0")
+    mistake(call(COMMAND, "inspect", path, "--model", tmp_path / "model"), "matched 3 of 4", "blocks.2.ffn.0")
 
 
 def _diffusers_model(config, wan):

@@ -68,21 +68,65 @@ SMALL, LARGE, TWO_EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "
 
 
 class Part(NamedTuple):
-    """Where a part of a model is in its folder, and whether names and config are those of a -Diffusers folder."""
+    """Where a part of a model is in its folder."""
 
     weights: list[str]  # files
-    config: str | None  # None where it has none: its sizes are then those of its tensors
-    diffusers: bool = False
+    config: str | None = None  # file; None where it has none: its sizes are then those of its tensors
+    renamed: bool = False  # whether names and fields are those of a -Diffusers folder
 
 
-def _diffusers_stem(part: str) -> str:
-    return f"{part}/" + ("model" if part == "text_encoder" else "diffusion_pytorch_model")
+# Layouts. Each says where the parts are, and is a class of these three attributes and this one method.
 
 
-def _diffusers_names(part: str, config: Any) -> names.Table:
-    if part == "vae":
-        return names.vae_names(config.num_res_blocks)
-    return names.TEXT_NAMES if part == "text_encoder" else names.TRANSFORMER_NAMES
+class Diffusers:
+    suffix, tokenizer = "-Diffusers", "tokenizer/tokenizer.json"
+
+    def __init__(self, folder: Path):
+        self.folder, index = folder, folder / "model_index.json"
+        # The index lists each part as [library, class], and as [null, null] if it is not there.
+        self.two_experts = index.is_file() and any(_json(index).get("transformer_2") or ())
+
+    def part(self, part: str) -> Part:
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        return Part(_shards(self.folder, f"{part}/{stem}"), f"{part}/config.json", True)
+
+
+class Original:
+    suffix, tokenizer = "", "google/umt5-xxl/tokenizer.json"
+
+    def __init__(self, folder: Path):
+        self.folder, self.two_experts = folder, (folder / "high_noise_model").is_dir()
+
+    def part(self, part: str) -> Part:
+        if part in ("vae", "text_encoder"):
+            return Part([VAE_FILE if part == "vae" else TEXT_FILE])
+        home = {"transformer": "high_noise_model/", "transformer_2": "low_noise_model/"}[part] * self.two_experts
+        if self.two_experts and not (self.folder / home / "config.json").is_file():
+            alone = list((self.folder / home).glob("*.safetensors"))  # as ComfyUI has an expert
+            if len(alone) == 1:
+                return Part([home + alone[0].name])
+        return Part(_shards(self.folder, home + "diffusion_pytorch_model"), home + "config.json")
+
+
+class SingleFile:
+    """A transformer that is one file; the other parts are those of the folder that it lies in."""
+
+    two_experts = False
+
+    def __init__(self, file: Path):
+        self.file, self.folder = file, file.parent
+        self.beside = (Diffusers if (file.parent / "model_index.json").is_file() else Original)(file.parent)
+        self.suffix, self.tokenizer = self.beside.suffix, self.beside.tokenizer
+
+    def part(self, part: str) -> Part:
+        return Part([self.file.name]) if part == "transformer" else self.beside.part(part)
+
+
+def _layout(path: Path) -> Diffusers | Original | SingleFile:
+    if path.is_file():
+        return SingleFile(path)
+    original = (path / "config.json").is_file() or (path / "high_noise_model").is_dir()
+    return Original(path) if original and not (path / "model_index.json").is_file() else Diffusers(path)
 
 
 def _shards(folder: Path, stem: str) -> list[str]:
@@ -113,7 +157,7 @@ def open(name: str | Path, network: type[nn.Module]) -> "Opened":
         path = _download(repository, ("*.json",))  # a star matches slashes too
     opened = Opened(str(name), path, network, repository)
     if repository:
-        described = opened._part("transformer").config
+        described = opened.layout.part("transformer").config
         if described is None or not (path / described).is_file():
             raise ValueError(f"the repository {name} has no config of a Wan transformer; use one such as {SMALL}")
         opened.config  # noqa: B018  a model of another kind is refused before its gigabytes arrive
@@ -128,13 +172,8 @@ class Opened:
 
     def __init__(self, name: str, path: Path, network: type[nn.Module], repository: str | None):
         self.name, self.network, self.repository = name, network, repository
-        self.file, self.folder = (path, path.parent) if path.is_file() else (None, path)
-        index, both = self.folder / "model_index.json", (path / "high_noise_model").is_dir()
-        self._index = _json(index) if index.is_file() else {}
-        self.diffusers = index.is_file() or not (self.file or both or (path / "config.json").is_file())
-        # The index lists each part as [library, class], and as [null, null] if it is not there.
-        listed = any(self._index.get("transformer_2") or ())
-        self.two_experts = not self.file and (listed if self.diffusers else both)
+        self.layout = _layout(path)
+        self.folder, self.two_experts = self.layout.folder, self.layout.two_experts
 
     @cached_property
     def config(self) -> Any:
@@ -145,7 +184,8 @@ class Opened:
     def preset(self) -> Preset:
         """What the folder's `sampling.json` says; what it leaves out is as published for such a model."""
         preset = Preset() if self.published == SMALL else Preset(size=(1280, 720))
-        if (boundary := self._index.get("boundary_ratio")) is not None:
+        index = self.folder / "model_index.json"
+        if index.is_file() and (boundary := _json(index).get("boundary_ratio")) is not None:
             preset = replace(preset, boundary=boundary)
         path, kinds = self.folder / "sampling.json", {field.name: field.type for field in fields(Preset)}
         entries = _json(path) if path.is_file() else {}
@@ -162,7 +202,7 @@ class Opened:
         """The published model with as many experts and layers: its settings are fit, and its files can stand in."""
         if self.two_experts:
             return TWO_EXPERTS
-        name = self._part("transformer").config
+        name = self.layout.part("transformer").config
         if name is None:
             layers = configs.layers(self._stored("transformer"))
         else:
@@ -173,7 +213,7 @@ class Opened:
         """Download the weights of these parts that are not here yet, all before any is loaded."""
         if self.repository:
             parts = [part for part in parts if part != "transformer_2" or self.two_experts]
-            weights = [name for part in parts for name in self._part(part).weights]
+            weights = [name for part in parts for name in self.layout.part(part).weights]
             _download(self.repository, ("*.json", *weights))
 
     def transformer(self, dtype: torch.dtype | None = None, device: str = "cpu", expert: str = "high") -> nn.Module:
@@ -196,7 +236,7 @@ class Opened:
 
     def tokenizer(self) -> text.Tokenizer:
         """The tokenizer, padding to the `text_len` of the transformer's config (512 in the published models)."""
-        return text.Tokenizer(self._need(self._tokenizer_file), self.config.text_len)
+        return text.Tokenizer(self._need(self.layout.tokenizer), self.config.text_len)
 
     def encode_prompts(
         self, prompts: Iterable[str], dtype: torch.dtype, device: str, cache_folder: Path | str
@@ -232,34 +272,16 @@ class Opened:
         """
         return tuple(self._empty(part, self._described(part)) for part in ("transformer", "vae", "text_encoder"))
 
-    @property
-    def _tokenizer_file(self) -> str:
-        return "tokenizer/tokenizer.json" if self.diffusers else "google/umt5-xxl/tokenizer.json"
-
-    def _part(self, part: str) -> Part:
-        if part == "transformer" and self.file:
-            return Part([self.file.name], None)
-        if self.diffusers:
-            return Part(_shards(self.folder, _diffusers_stem(part)), f"{part}/config.json", True)
-        if part in ("vae", "text_encoder"):
-            return Part([VAE_FILE if part == "vae" else TEXT_FILE], None)
-        home = {"transformer": "high_noise_model/", "transformer_2": "low_noise_model/"}[part] * self.two_experts
-        if self.two_experts and not (self.folder / home / "config.json").is_file():
-            alone = list((self.folder / home).glob("*.safetensors"))
-            if len(alone) == 1:
-                return Part([home + alone[0].name], None)
-        return Part(_shards(self.folder, home + "diffusion_pytorch_model"), home + "config.json")
-
     def _described(self, part: str) -> Any:
         """The config of a part without looking at its weights: the published one where the layout has none."""
-        if part == "transformer" or self._part(part).config:
+        if part == "transformer" or self.layout.part(part).config:
             return self._config(part)
         return VAEConfig() if part == "vae" else text.T5Config()
 
     def _config(self, part: str) -> Any:
         """The config of a part in any layout. ValueError for a model that is not text-to-video, and for another VAE."""
         config_class = {"vae": VAEConfig, "text_encoder": text.T5Config}.get(part, self.network.config_class)
-        weights, name, diffusers = self._part(part)
+        weights, name, renamed = self.layout.part(part)
         if name is None:  # all sizes are in the shapes of the part's tensors
             shapes, class_name = {name: tensor.shape for name, tensor in self._stored(part).items()}, None
             try:
@@ -272,7 +294,7 @@ class Opened:
         else:
             path = self._need(name)
             theirs = _json(path)
-            config = config_class(**configs.from_diffusers(part, theirs)) if diffusers else config_class.from_json(path)
+            config = config_class(**configs.from_diffusers(part, theirs)) if renamed else config_class.from_json(path)
             class_name = theirs.get("_class_name")
             if part == "vae" and (theirs.get("is_residual") or class_name not in (None, "AutoencoderKLWan")):
                 raise ValueError(f"{path} is not a Wan2.1 VAE (AutoencoderKLWan without is_residual); {self._advice()}")
@@ -283,8 +305,8 @@ class Opened:
 
     def _stored(self, part: str) -> dict[str, files.Stored]:
         """What the files with a part's weights hold. Nothing is read yet."""
-        paths = [self._need(name) for name in self._part(part).weights]
-        if part.startswith("transformer") and self._part(part).config is None:
+        paths = [self._need(name) for name in self.layout.part(part).weights]
+        if part.startswith("transformer") and self.layout.part(part).config is None:
             return files.single_file(paths[0])
         # Some files name the token embedding as the text encoder's own: it is the same tensor.
         return {name.replace("encoder.embed_tokens.", "shared."): found for name, found in files.stored(paths).items()}
@@ -300,7 +322,7 @@ class Opened:
         if dtype is None and any(tensor.fp8 for tensor in stored.values()):
             dtype = torch.bfloat16
         module = self._empty(part, config)
-        table = _diffusers_names(part, config) if self._part(part).diffusers else ()
+        table = names.of_part(part, config) if self.layout.part(part).renamed else ()
         ours = {names.rename(name, table): name for name in module.state_dict()}
         shapes = {theirs: tuple(module.state_dict()[name].shape) for theirs, name in ours.items()}
         if misfits := _misfits(shapes, stored):
@@ -327,9 +349,9 @@ class Opened:
         prompt. Training changes them all; whoever edits a few by hand empties the folder of embeddings.
         """
         self.fetch(["text_encoder"])
-        digest = hashlib.sha256(self._need(self._tokenizer_file).read_bytes())
+        digest = hashlib.sha256(self._need(self.layout.tokenizer).read_bytes())
         digest.update(repr(self._described("text_encoder")).encode())
-        for path in map(self._need, self._part("text_encoder").weights):
+        for path in map(self._need, self.layout.part("text_encoder").weights):
             size = path.stat().st_size
             digest.update(str(size).encode())
             with path.open("rb") as file:
@@ -347,8 +369,7 @@ class Opened:
     def _advice(self, name: str = "") -> str:
         """The command that gets the published model of this layout and size, or the part that a missing file is of."""
         what = f'--include "{name.split("/")[0]}/*" ' if "/" in name else f"{name} " if name else ""
-        suffix = "-Diffusers" if self.diffusers else ""
-        command = f"hf download {self.published}{suffix} {what}--local-dir {self.folder.as_posix()}"
+        command = f"hf download {self.published}{self.layout.suffix} {what}--local-dir {self.folder.as_posix()}"
         return f"`{command}` gets the published one"
 
     def save_with(
@@ -479,10 +500,11 @@ def save_pipeline(
     models = {"transformer": transformer, "transformer_2": transformer_2, "vae": vae, "text_encoder": text_encoder}
     for part, model in models.items():
         if model is not None:
-            table, state = _diffusers_names(part, model.config), {}
+            table, state = names.of_part(part, model.config), {}
             for name, tensor in model.state_dict().items():
                 state[names.rename(name, table)] = tensor.to("cpu", dtype.get(part)).contiguous()
-            with replacing(folder / f"{_diffusers_stem(part)}.safetensors") as path:
+            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+            with replacing(folder / part / f"{stem}.safetensors") as path:
                 save_file(state, path, metadata={"format": "pt"})
             write_json(folder / part / "config.json", configs.to_diffusers(part, model.config))
     if transformer is not None:

@@ -13,6 +13,7 @@ import pickle
 import re
 import textwrap
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -302,3 +303,7 @@ def command(network: type[nn.Module]) -> None:
         raise ValueError("got convert IN, expected convert IN OUT; name the file to write")
     else:
         convert(config.source, config.path, config.to, config.overwrite)
+
+
+def main(network: type[nn.Module]) -> None:
+    cli.run(partial(command, network))

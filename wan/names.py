@@ -7,6 +7,7 @@ Everywhere else they have their original names, those of the published Wan2.1 fi
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 Table = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
 
@@ -89,3 +90,10 @@ def vae_names(num_res_blocks: int) -> Table:
         return f".up_blocks.{level}." + (f"resnets.{i}." if i < residual else "upsamplers.0.")
 
     return (*VAE_NAMES, (r"\.upsamples\.(\d+)\.", block))
+
+
+def of_part(part: str, config: Any) -> Table:
+    """The table of a part of a model: of a transformer, the "vae" or the "text_encoder", which has this config."""
+    if part == "vae":
+        return vae_names(config.num_res_blocks)
+    return TEXT_NAMES if part == "text_encoder" else TRANSFORMER_NAMES
