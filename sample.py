@@ -210,8 +210,7 @@ def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
     The low-noise expert takes the steps with σ_k < boundary. That σ is the step's own, before multipliers, so all
     frames change over together, conditions included.
     """
-    sigma = flow.sigma_schedule(len(taus) - 1, config.shift)
-    high = int((sigma[:-1] >= (config.boundary or 0)).sum())
+    high = int((flow.sigma_schedule(len(taus) - 1, config.shift)[:-1] >= (config.boundary or 0)).sum())
     both = ("high", config.guidance, taus[: high + 1]), ("low", config.guidance_2, taus[high:])
     return [leg for leg in both if len(leg[2]) > 1]
 
@@ -228,7 +227,7 @@ class Experts:
         self.clear()
 
     def clear(self) -> None:
-        """Let the transformer go, and the velocity that has the keys and values of a prompt."""
+        """Let the transformer go, and the guided velocity, which has the keys and values of a prompt."""
         self.name = self.transformer = self.prompt = self.velocity = None
 
     def load(self, name: str) -> Wan:
@@ -247,8 +246,7 @@ class Experts:
             self.name, self.transformer = name, transformer
         return self.transformer
 
-    def led_by(self, prompt: str, expert: str, guidance: float) -> flow.Velocity:
-        """The guided velocity of an expert, whose keys and values stay until another prompt or expert comes."""
+    def _guided(self, prompt: str, expert: str, guidance: float) -> flow.Velocity:
         transformer = self.load(expert)
         if self.velocity is None or self.prompt != prompt:
             self.velocity = None
@@ -261,7 +259,7 @@ class Experts:
         z = list(flow.interpolate(x0, x1, taus[:1].to(x1.device)).split(1))
         for expert, guidance, part in legs(self.config, taus):
             for i, prompt in enumerate(prompts):
-                z[i] = flow.euler(self.led_by(prompt, expert, guidance), z[i], part, on_step)
+                z[i] = flow.euler(self._guided(prompt, expert, guidance), z[i], part, on_step)
         return torch.cat(z)
 
 
@@ -354,7 +352,7 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     if config.dry_run:
         print("\n\n".join(plots.table(taus) for taus in job.taus) + "\n\n" + estimate(config, opened, job))
         return {}
-    for path in (lora.parse_entry(entry)[1] for entry in config.lora):
+    for _, path, _ in map(lora.parse_entry, config.lora):
         if not Path(path).is_file():
             raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
     return _sample_one(config, opened, job) if config.prompts is None else _sample_each(config, opened, job)
@@ -375,8 +373,7 @@ def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> di
 
     (latents,) = generate(experts, job, inputs, [config.seed], on_step)
     experts.clear()
-    video = decode(experts.vae, latents)
-    files = records.write_run(config, files, video, given_frames(job))
+    files = records.write_run(config, files, decode(experts.vae, latents), given_frames(job))
     if config.plot:
         marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
         plots.tau_table(files["tau"], job.taus[0], marks, config.task)
@@ -410,9 +407,8 @@ def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> d
 
 def given_frames(job: Job) -> list[bool]:
     """For each pixel frame of the finished video, whether it was given."""
-    before = (job.F - len(job.plans[0].m)) * job.backwards
+    before, N = (job.F - len(job.plans[0].m)) * job.backwards, tasks.pixel_frames(job.F)
     given = {before + position for slot in job.plans[0].given for position in slot.positions}
-    N = tasks.pixel_frames(job.F)
     return [tasks.latent_index(n, N) in given for n in range(N)]
 
 

@@ -26,6 +26,7 @@ from support import cli
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+Size = tuple[int, int]  # width and height in pixels
 GIVEN, GENERATED = (31, 95, 168), (232, 119, 34)  # blue and orange: told apart by colour-blind readers and in grey
 
 # swscale's bicubic (4) with full chroma both ways, exact rounding and the same bits on every processor. Its default
@@ -34,10 +35,7 @@ _SWSCALE = 4 | 0x2000 | 0x4000 | 0x40000 | 0x80000
 
 
 class _Video(PyAVPlugin):
-    """imageio's plugin for FFmpeg, which gives and takes arrays of pixels and has no setting for what else is needed.
-
-    Here alone we reach below it: for a frame's own time and rotation, exact colours, and the encoder's settings.
-    """
+    """imageio's plugin for FFmpeg, and what it has no setting for: a frame's own time and rotation, exact colours."""
 
     def timed(self, packets: bool = False) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame | av.Packet]]:
         """(start, end, frame or packet) of each, in seconds; exact, so that ties are ties. OSError if there is none."""
@@ -54,7 +52,7 @@ class _Video(PyAVPlugin):
         if start is None:
             raise OSError
 
-    def convert(self, frame: av.VideoFrame, size: tuple[int, int] | None) -> Tensor:
+    def convert(self, frame: av.VideoFrame, size: Size | None) -> Tensor:
         pixels = frame.to_ndarray(format="rgb24", interpolation=_SWSCALE)
         return _from_bytes(pixels, size, frame.rotation)  # phones store sideways pictures, and how to turn them
 
@@ -63,8 +61,7 @@ class _Video(PyAVPlugin):
         self.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")
         stream, context = self._video_stream, self._video_stream.codec_context
         stream.height, stream.width = video.shape[1:3]
-        # Quality 12 of 0 (lossless) to 51. Without `cpu-independent`, or with as many threads as the machine has, the
-        # same frames can give other bytes the next time.
+        # Of 0 (lossless) to 51. Without `cpu-independent`, or with as many threads as there are, bytes can differ.
         context.options, context.thread_count = {"crf": "12", "x264-params": "cpu-independent=1"}, 4
         # Untagged, players guess the colour matrix from the size. BT.601 is FFmpeg's 6 and swscale's 5, video range 1.
         context.colorspace, context.color_range = 6, 1
@@ -82,29 +79,22 @@ class _Video(PyAVPlugin):
 
 
 def read_video(
-    path: Path | str,
-    size: tuple[int, int] | None = None,
-    fps: float | None = None,
-    first: int | None = None,
-    last: int | None = None,
-) -> Tensor:
-    """Read a video, an animated GIF or a still image (one frame) → (3, N, H, W) in [-1, 1].
+    path: Path | str, size: Size | None = None, fps: float | None = None,
+    first: int | None = None, last: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Read a video, an animated GIF or a still image (one frame) → (3, N, H, W) in [-1, 1]. ValueError if it cannot be.
 
     size    (width, height) in pixels, reached by `resize_crop`; None keeps the file's.
     fps     frames per second of the result, above 0: each takes the file's frame that is shown nearest to its time, by
             the file's own timestamps; None keeps the file's frames.
     first   at most that many frames from the start, and reading stops there; None reads to the end.
     last    at most that many frames from the end of what is read. No more are held in memory.
-    ValueError if the file cannot be read.
     """
     return torch.stack(list(_pictures(Path(path), size, fps, first, last)), dim=1)
 
 
-def read_windows(path: Path | str, size: tuple[int, int], fps: float, frames: int) -> Iterator[Tensor]:
-    """A clip cut from its start into windows (3, N, H, W) of N = `frames`; a rest that fills none is left out.
-
-    `size` and `fps` as in `read_video`. One window is in memory at a time.
-    """
+def read_windows(path: Path | str, size: Size, fps: float, frames: int) -> Iterator[Tensor]:
+    """A clip cut from its start into windows (3, N, H, W) of N = `frames`, one in memory at a time; a rest is left."""
     pictures = _pictures(Path(path), size, fps)
     while len(window := list(islice(pictures, frames))) == frames:
         yield torch.stack(window, dim=1)
@@ -113,8 +103,7 @@ def read_windows(path: Path | str, size: tuple[int, int], fps: float, frames: in
 def probe(path: Path | str, fps: float) -> tuple[int, int, int]:
     """Width and height of a clip, upright, and how many frames it has at `fps`, without decoding more than one.
 
-    The number is that of `read_video` where the packets of the file tell the truth about their times.
-    ValueError if the file cannot be read.
+    The number is that of `read_video` where the packets tell the truth about their times. ValueError as there.
     """
     height, width = read_video(path, first=1).shape[2:]
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
@@ -127,9 +116,8 @@ def probe(path: Path | str, fps: float) -> tuple[int, int, int]:
 @contextmanager
 def _opened(path: Path | str, plugin: type | str) -> Iterator:
     """A file to read, by an imageio plugin; what goes wrong meanwhile is a ValueError that names it."""
-    kind, expected = "a video", "a file that FFmpeg reads"
-    if plugin == "pillow":
-        kind, expected = "an image", "a PNG, JPEG or the like"
+    of_video, of_image = ("a video", "a file that FFmpeg reads"), ("an image", "a PNG, JPEG or the like")
+    kind, expected = of_image if plugin == "pillow" else of_video
     try:
         with iio.imopen(Path(path), "r", plugin=plugin) as file:
             yield file
@@ -165,7 +153,7 @@ def _pick(timed: Iterable, fps: Fraction) -> Iterator[av.VideoFrame]:
         shown = max(shown, count)
 
 
-def read_image(name: Path | str, size: tuple[int, int] | None = None) -> Tensor:
+def read_image(name: Path | str, size: Size | None = None) -> Tensor:
     """Read an image upright, as its EXIF orientation says → (3, H, W) in [-1, 1]; `size` as in `read_video`.
 
     FILE@N is frame N, from 0, of a video. ValueError if the file cannot be read, or has no such frame.
@@ -185,7 +173,7 @@ def read_image(name: Path | str, size: tuple[int, int] | None = None) -> Tensor:
     return _from_bytes(np.array(ImageOps.exif_transpose(image)), size)
 
 
-def _from_bytes(pixels: np.ndarray, size: tuple[int, int] | None, degrees: int = 0) -> Tensor:
+def _from_bytes(pixels: np.ndarray, size: Size | None, degrees: int = 0) -> Tensor:
     """(h, w, 3) of 0..255, to be turned anticlockwise by `degrees` → (3, H, W) in [-1, 1]."""
     upright = torch.rot90(torch.from_numpy(pixels), round(degrees / 90))
     image = rearrange(upright, "h w c -> c 1 h w") / 127.5 - 1
@@ -194,12 +182,11 @@ def _from_bytes(pixels: np.ndarray, size: tuple[int, int] | None, degrees: int =
 
 def _to_bytes(video: Tensor) -> np.ndarray:
     """(3, N, H, W) in [-1, 1] → (N, H, W, 3) of 0..255."""
-    pixels = (video.detach().float().cpu() + 1) * 127.5
-    pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    pixels = ((video.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(pixels, "c n h w -> n h w c").contiguous().numpy()
 
 
-def resize_crop(video: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_crop(video: Tensor, size: Size) -> Tensor:
     """(3, N, h, w) → (3, N, H, W) for size = (W, H): scaled to cover it, antialiased, and cropped around the centre."""
     W, H = size
     h, w = video.shape[-2:]
@@ -207,12 +194,9 @@ def resize_crop(video: Tensor, size: tuple[int, int]) -> Tensor:
         return video
     scale = max(W / w, H / h)
     inner = (max(H, round(h * scale)), max(W, round(w * scale)))
-    images = functional.interpolate(
-        video.transpose(0, 1), size=inner, mode="bicubic", align_corners=False, antialias=True
-    )  # (N, 3, h', w')
+    images = functional.interpolate(video.transpose(0, 1), inner, mode="bicubic", align_corners=False, antialias=True)
     top, left = (inner[0] - H) // 2, (inner[1] - W) // 2
-    # Bicubic overshoots at edges.
-    return images[..., top : top + H, left : left + W].transpose(0, 1).clamp(-1, 1)
+    return images[..., top : top + H, left : left + W].transpose(0, 1).clamp(-1, 1)  # bicubic overshoots at edges
 
 
 def write_video(path: Path | str, video: Tensor, fps: float) -> None:
@@ -220,11 +204,11 @@ def write_video(path: Path | str, video: Tensor, fps: float) -> None:
 
     An odd width or height of an .mp4 grows by one repeated pixel, as H.264's 4:2:0 needs even ones.
     """
-    writers = {".mp4": _write_mp4, ".gif": _write_gif}
-    if (suffix := Path(path).suffix.lower()) not in writers:
+    write = {".mp4": _write_mp4, ".gif": _write_gif}.get(Path(path).suffix.lower())
+    if write is None:
         raise ValueError(f"cannot write {Path(path).name}: expected a name that ends in .mp4 or .gif")
     with cli.replacing(path) as temporary:
-        writers[suffix](temporary, _to_bytes(video), Fraction(fps).limit_denominator(1001))
+        write(temporary, _to_bytes(video), Fraction(fps).limit_denominator(1001))
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
@@ -241,9 +225,8 @@ def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     indices = [Image.fromarray(pixels).quantize(palette=palette, dither=Image.Dither.NONE) for pixels in frames]
     # GIF counts in hundredths of a second: rounding the times, not the durations, keeps the whole on time.
     times = [round(100 * index / fps) for index in range(len(frames) + 1)]
-    durations = [10 * (after - before) for before, after in zip(times, times[1:], strict=False)]
-    settings = {"palette": bytes(palette.getpalette()), "duration": durations, "loop": 0, "disposal": 1}
-    iio.imwrite(path, np.stack(indices), plugin="pillow", mode="P", **settings)
+    settings = {"palette": bytes(palette.getpalette()), "duration": [10 * (b - a) for a, b in pairwise(times)]}
+    iio.imwrite(path, np.stack(indices), plugin="pillow", mode="P", loop=0, disposal=1, **settings)
 
 
 def save_image(path: Path | str, image: Image.Image | Tensor) -> None:
@@ -259,10 +242,9 @@ def filmstrip(
     """A contact sheet: one row a video, time from left to right.
 
     rows     (title, video (3, N, H, W) in [-1, 1]) of each row; the numbers of its frames are written below them.
-    marks    for each row whether each of its N frames was given (True) or generated (False), told by the colour of its
-             border and number and by a legend; None leaves a row unmarked, as no marks do all rows.
-    height   of a frame in the picture, in pixels.
-    columns  at most that many frames of each row, evenly spaced, the first and the last among them.
+    marks    for each row whether each of its N frames was given (True) or generated (False), told by colour and by a
+             legend; None leaves a row unmarked, as no marks do all rows.
+    height   of a frame, in pixels; columns: at most that many of each row, evenly spaced, with the first and the last.
     """
     font, gap, line = ImageFont.load_default(size=14), 6, 18
     marks = marks or [None] * len(rows)

@@ -1,9 +1,8 @@
 """The toy world: captioned clips of moving shapes whose truth is known to the pixel.
 
 One or two shapes slide over a background and bounce off the walls. The caption says everything but where they start,
-and names two shapes from left to right. `read` finds what is in a frame, so a generated clip can be judged exactly. The
-world is plain enough for two cores to learn: shapes are large, start on a coarse grid, and two of them never meet.
-`python -m toy.world --out data/world --count 4000` writes such clips.
+and names two shapes from left to right; `read` finds them in a frame, so that a generated clip can be judged exactly.
+`python -m toy.world --out data/world --count 4000` writes clips that two cores can learn from.
 """
 
 import math
@@ -83,7 +82,9 @@ def _random_scene(draw: random.Random, count: int) -> Scene:
     while True:
         colours = draw.sample(list(COLOURS), count)
         things = tuple(sorted((_random_thing(draw, colour) for colour in colours), key=lambda thing: thing.x))
-        if count == 1 or _are_apart(*things):
+        a, b = things[0], things[-1]
+        gap, reach = (positions(a) - positions(b)).norm(dim=1).min(), _REACH * (SIZES[a.size] + SIZES[b.size])
+        if count == 1 or (a.shape != b.shape and gap > reach + 1):
             return Scene(draw.choice(list(BACKGROUNDS)), things)
 
 
@@ -98,15 +99,9 @@ def _random_thing(draw: random.Random, colour: str) -> Thing:
     return Thing(draw.choice(SHAPES), colour, size, draw.choice(list(SPEEDS)), direction, *map(float, start))
 
 
-def _are_apart(a: Thing, b: Thing) -> bool:
-    gap = (positions(a) - positions(b)).norm(dim=1).min()
-    return a.shape != b.shape and gap > _REACH * (SIZES[a.size] + SIZES[b.size]) + 1
-
-
 def positions(thing: Thing, frames: int = FRAMES) -> Tensor:
     """Centre of a shape in each frame, (frames, 2) as x and y in pixels: straight lines between the walls."""
-    wall = _WALLS[thing.size]
-    room = SIDE - 2 * wall
+    wall, room = _WALLS[thing.size], SIDE - 2 * _WALLS[thing.size]
     travelled = torch.arange(frames)[:, None] * SPEEDS[thing.speed] * torch.tensor(DIRECTIONS[thing.direction])
     unfolded = torch.tensor([thing.x, thing.y]) - wall + travelled
     return wall + room - (unfolded % (2 * room) - room).abs()
@@ -142,11 +137,9 @@ def _cover(shape: str, centres: Tensor, radius: float) -> Tensor:
 
 
 class Reading(NamedTuple):
-    """What `read` finds of one colour in one frame."""
-
     shape: str
     size: str
-    x: float
+    x: float  # centre of mass, pixels
     y: float
 
 
@@ -157,11 +150,10 @@ def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
     """
     palette = _rgb(tuple(COLOURS.values()))[:, :, None, None, None]
     distance = (video.float() - palette).square().sum(1)  # (8, N, 64, 64)
-    frames = []
-    for nearest in torch.where(distance.amin(0) < 0.35, distance.argmin(0), -1):
-        masks = {colour: (nearest == index).float() for index, colour in enumerate(COLOURS)}
-        frames.append({colour: _reading(mask) for colour, mask in masks.items() if mask.sum() >= least})
-    return frames
+    nearest = torch.where(distance.amin(0) < 0.35, distance.argmin(0), -1)
+    masks = {colour: (nearest == index).float() for index, colour in enumerate(COLOURS)}  # (N, 64, 64)
+    frames = range(len(nearest))
+    return [{c: _reading(mask[n]) for c, mask in masks.items() if mask[n].sum() >= least} for n in frames]
 
 
 def _reading(mask: Tensor) -> Reading:
