@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -256,10 +257,14 @@ class Experts:
 
     def walk(self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, on_step: flow.OnStep = None) -> Tensor:
         """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts, by one expert after the other."""
-        z = list(flow.interpolate(x0, x1, taus[:1].to(x1.device)).split(1))
+        z = [None] * len(prompts)
         for expert, guidance, part in legs(self.config, taus):
             for i, prompt in enumerate(prompts):
-                z[i] = flow.euler(self._guided(prompt, expert, guidance), z[i], part, on_step)
+                guided = partial(self._guided, prompt, expert, guidance)  # not called yet: one transformer at a time
+                if z[i] is None:
+                    z[i] = flow.denoise(guided(), x0[i : i + 1], x1[i : i + 1], part, on_step)
+                else:
+                    z[i] = flow.euler(guided(), z[i], part, on_step)
         return torch.cat(z)
 
 

@@ -9,11 +9,9 @@ import argparse
 import dataclasses
 import inspect
 import json
-import math
 import os
 import shutil
 import sys
-import time
 import types
 import typing
 import uuid
@@ -133,27 +131,40 @@ def write_json(path: Path | str, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class Progress:
+class Progress(tqdm):
     """One line on stderr with the share done, the time left, and whatever figures the caller has.
 
     A terminal redraws it twice a second at most; a log gets a line every 30 seconds, for the first step and the last.
     """
 
+    monitor_interval = 0  # no thread that draws in between
+
     def __init__(self, total: int, label: str, done: int = 0) -> None:
-        self.total, self.label, self.before, self.done = total, label, done, done
-        self.begun, self.drawn = time.monotonic(), -math.inf
+        pause, line = 0.5 if sys.stderr.isatty() else 30, "{desc} {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+        # With the smallest of delays nothing is drawn before the first step.
+        super().__init__(
+            None, label, total, initial=done, mininterval=pause, miniters=1, smoothing=0, delay=1e-9, bar_format=line
+        )
+        self.last_print_t = 0.0  # long ago: the first step is drawn
+
+    @property
+    def done(self) -> int:
+        return self.n
 
     def step(self, **figures: float) -> None:
         """Count one step; redraw the line if it is time."""
-        self.done, now, terminal = self.done + 1, time.monotonic(), sys.stderr.isatty()
-        if self.done < self.total and now - self.drawn < (0.5 if terminal else 30):
-            return
-        left = (now - self.begun) / (self.done - self.before) * (self.total - self.done)
-        line = f"{self.label} {self.done}/{self.total}, {tqdm.format_interval(left)} left"
-        line += "".join(f", {name}={value:.4g}" for name, value in figures.items())
-        start, end = ("\r\033[K", "\n" if self.done >= self.total else "") if terminal else ("", "\n")
-        print(start + line, end=end, file=sys.stderr, flush=True)
-        self.drawn = now
+        self.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+        if self.n + 1 >= self.total:
+            self.last_print_t = 0.0
+        self.update()
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        terminal = sys.stderr.isatty()  # it draws over the last line, which a log cannot
+        start, end = "\r\033[K" if terminal else "", "" if terminal and self.n < self.total else "\n"
+        print(f"{start}{self}", end=end, file=sys.stderr, flush=True)
+
+    def close(self) -> None:  # of a run that ended early too, which has then said why
+        self.disable = True
 
 
 def pick_device(name: str | None) -> str:

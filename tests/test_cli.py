@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import tqdm
 from small import call, mistake, model_fixture  # noqa: F401 (a fixture)
 from torch._inductor.exc import InductorError
 
@@ -207,7 +208,7 @@ class _Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = _Clock()
-    monkeypatch.setattr(cli.time, "monotonic", clock)
+    monkeypatch.setattr(tqdm.std, "time", clock)
     return clock
 
 
