@@ -87,8 +87,6 @@ def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
     """Open the model of a run and settle every setting: what comes out makes the same video from the same files."""
     if config.from_json:
         config = records.repeated(config, "out", "overwrite", "dry_run")
-        cli.pick_device(config.device)
-        return config, checkpoint.open(config.model, Wan)
     opened = checkpoint.open(config.model, Wan)
     return resolve(config, opened), opened
 

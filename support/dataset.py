@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
@@ -93,7 +94,10 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
         return [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if (path := folder / "metadata.csv").is_file():
         reader = csv.DictReader(io.StringIO(read_text(path)))
-        return [_row(row, f"{path}, line {reader.line_num}") for row in reader]
+        try:
+            return [_row(row, f"{path}, line {reader.line_num}") for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num} cannot be read ({error}), expected a table") from None
     if (path := folder / "videos.txt").is_file():
         prompts = next((path for path in (folder / "prompts.txt", folder / "prompt.txt") if path.is_file()), None)
         if prompts is None:
@@ -112,8 +116,8 @@ def _row(row: dict | str, where: str) -> tuple[str, str]:
     try:
         row = json.loads(row) if isinstance(row, str) else row
         name = next(row[key] for key in ("file_name", "video_path", "video", "path") if row.get(key))
-    except (json.JSONDecodeError, AttributeError, StopIteration) as error:
-        got = ", ".join(map(str, row)) if isinstance(row, dict) else row
+    except (ValueError, RecursionError, AttributeError, StopIteration) as error:
+        got = shorten(", ".join(map(str, row)) if isinstance(row, dict) else str(row), 100)
         expected = "expected file_name, video_path, video or path, and the caption as text, caption or prompt"
         raise ValueError(f"{where} names no clip: got {got}, {expected}") from error
     return str(name), str(next((row[key] for key in ("text", "caption", "prompt") if row.get(key)), ""))

@@ -216,7 +216,8 @@ def _read_state(path: Path) -> dict:
     try:
         # Only the first of several processes needs the tensors: the others map the file and read none of them.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=distributed.size() > 1)
-        if not isinstance(state, dict) or state.keys() != {"settings", "inputs", "figures", "model", "optimizers"}:
+        parts = ("settings", "inputs", "figures", "model", "optimizers")
+        if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
             raise ValueError("it holds something else than a state as it is written today")
         return state
     except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is

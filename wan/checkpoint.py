@@ -20,6 +20,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -84,7 +85,8 @@ class Diffusers:
     def __init__(self, folder: Path):
         self.folder, index = folder, folder / "model_index.json"
         # The index lists each part as [library, class], and as [null, null] if it is not there.
-        self.two_experts = index.is_file() and any(_json(index).get("transformer_2") or ())
+        listed = _json(index).get("transformer_2") if index.is_file() else None
+        self.two_experts = isinstance(listed, list) and any(listed)
 
     def part(self, part: str) -> Part:
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
@@ -134,7 +136,10 @@ def _shards(folder: Path, stem: str) -> list[str]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         home = stem[: stem.rfind("/") + 1]
-        return sorted({home + name for name in _json(index).get("weight_map", {}).values()})
+        where = _json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+            raise ValueError(f"cannot read {index}: expected a weight_map, tensor to file; download or write it again")
+        return sorted({home + name for name in where.values()})
     if numbered := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
         count = int(numbered[0].stem.rsplit("-", 1)[1])
         return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -185,7 +190,8 @@ class Opened:
         """What the folder's `sampling.json` says; what it leaves out is as published for such a model."""
         preset = Preset() if self.published == SMALL else Preset(size=(1280, 720))
         index = self.folder / "model_index.json"
-        if index.is_file() and (boundary := _json(index).get("boundary_ratio")) is not None:
+        boundary = _json(index).get("boundary_ratio") if index.is_file() else None
+        if fits(boundary, float):
             preset = replace(preset, boundary=boundary)
         path, kinds = self.folder / "sampling.json", {field.name: field.type for field in fields(Preset)}
         entries = _json(path) if path.is_file() else {}
@@ -290,11 +296,11 @@ class Opened:
                 reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else error
                 found = f"the weights in {self.folder / weights[0]} are not Wan2.1's ({reason})"
                 raise ValueError(f"{found}; {self._advice()}") from None
-            config = config_class(**measured)
+            config = _checked(config_class, measured, self.folder / weights[0])
         else:
             path = self._need(name)
             theirs = _json(path)
-            config = config_class(**configs.from_diffusers(part, theirs)) if renamed else config_class.from_json(path)
+            config = _checked(config_class, configs.from_diffusers(part, theirs) if renamed else theirs, path)
             class_name = theirs.get("_class_name")
             if part == "vae" and (theirs.get("is_residual") or class_name not in (None, "AutoencoderKLWan")):
                 raise ValueError(f"{path} is not a Wan2.1 VAE (AutoencoderKLWan without is_residual); {self._advice()}")
@@ -313,7 +319,11 @@ class Opened:
 
     def _empty(self, part: str, config: Any) -> nn.Module:
         with torch.device("meta"), _Undrawn():
-            return {"vae": WanVAE, "text_encoder": text.UMT5Encoder}.get(part, self.network)(config)
+            module = {"vae": WanVAE, "text_encoder": text.UMT5Encoder}.get(part, self.network)(config)
+        needed = 2 * sum(parameter.numel() for parameter in module.parameters()) / 2**40
+        if needed > 16:
+            raise ValueError(f"the {part} of {self.name} would take {needed:.3g} TiB in bf16; {self._advice()}")
+        return module
 
     def _load(self, part: str, dtype: torch.dtype | None, device: str) -> nn.Module:
         """Build a part without memory and give it its tensors; every name and shape must be the module's."""
@@ -442,13 +452,33 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# What no model exceeds; for other fields it is 2^20.
+_MOST = {"num_layers": 1000, "num_res_blocks": 100, "patch_size": 16, "dim_mult": 64, "text_len": 2**16}
+
+
+def _checked(config_class: type, values: dict, path: Path) -> Any:
+    """The config of these values and its defaults. ValueError for one of another type or of an absurd size."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {field.name: values.get(field.name, field.default) for field in fields(config_class)}
+    for field in fields(config_class):
+        value, most = values[field.name], _MOST.get(field.name, 2**20)
+        each = value if isinstance(value, tuple) else (value,)
+        sizes_fit = len(each) <= 64 and all(0 < size <= most for size in each if type(size) is int)
+        finite = all(math.isfinite(number) for number in each if type(number) is float)
+        if not (fits(value, field.type) and sizes_fit and finite):
+            kind = inspect.formatannotation(field.type)
+            got, expected = f"{field.name} {value!r:.60}", f"{kind}, sizes from 1 to {most}"
+            raise ValueError(f"cannot read {path}: got {got}, expected {expected}; download or write it again")
+    return config_class(**values)
+
+
 def _json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"expected an object, got a {type(content).__name__}")
         return content
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path} as JSON ({error}); download or write it again") from None
 
 

@@ -50,10 +50,15 @@ def from_diffusers(part: str, theirs: dict) -> dict:
     if part == "vae":
         return found | {"patch_size": theirs.get("patch_size") or 1}
     if part == "text_encoder":
-        return found | {"dim_attn": theirs.get("num_heads", 6) * theirs.get("d_kv", 64)}  # transformers' defaults
-    dim = theirs.get("num_attention_heads", 40) * theirs.get("attention_head_dim", 128)  # diffusers' defaults
+        dim_attn = _product(theirs.get("num_heads", 6), theirs.get("d_kv", 64))  # transformers' defaults
+        return found | {"dim_attn": dim_attn}
+    dim = _product(theirs.get("num_attention_heads", 40), theirs.get("attention_head_dim", 128))  # diffusers' defaults
     kind = "i2v" if theirs.get("image_dim") or theirs.get("added_kv_proj_dim") else "t2v"
     return found | {"dim": dim, "model_type": kind}
+
+
+def _product(a: Any, b: Any) -> int | None:
+    return a * b if type(a) is type(b) is int else None  # which is told as a value of a wrong type
 
 
 def to_diffusers(part: str, config: Any) -> dict:

@@ -36,7 +36,9 @@ def stored(paths: Iterable[Path]) -> dict[str, Stored]:
                 tensors = unpickle(path, "model_state")
                 if tensors is None:
                     raise ValueError("it is not a flat dict of tensors")
-                found |= {name: Stored(tuple(tensor.shape), False, tensor.detach) for name, tensor in tensors.items()}
+                for name, tensor in tensors.items():
+                    is_fp8 = tensor.is_floating_point() and tensor.itemsize == 1
+                    found[name] = Stored(tuple(tensor.shape), is_fp8, tensor.detach)
     return found
 
 

@@ -252,7 +252,11 @@ def _peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
     beside = path.with_name("adapter_config.json")
     is_peft = path.stem == "adapter_model" and beside.is_file()
     packed = beside.read_text(encoding="utf-8") if is_peft else metadata.get(_DIFFUSERS_SETTINGS, "{}")
-    settings = {name.removeprefix("transformer."): value for name, value in json.loads(packed).items()}
+    try:
+        settings = {name.removeprefix("transformer."): value for name, value in json.loads(packed).items()}
+        cli.expect(cli.fits(settings.get("lora_alpha"), float | None), "another lora_alpha", "a number or none")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path} has settings of PEFT that cannot be read ({error}); write it again") from None
     if settings.get("use_rslora") or settings.get("alpha_pattern"):
         raise ValueError(f"{path} has PEFT's use_rslora or alpha_pattern, expected one lora_alpha; merge it with PEFT")
     return settings.get("lora_alpha")

@@ -49,6 +49,12 @@ class VAEConfig:
     latents_mean: tuple[float, ...] = WAN_LATENTS_MEAN
     latents_std: tuple[float, ...] = WAN_LATENTS_STD
 
+    def __post_init__(self):
+        levels, channels = len(self.dim_mult), {len(self.latents_mean), len(self.latents_std)}
+        if len(self.temporal_downsample) != levels - 1 or channels != {self.z_dim}:
+            got = f"got {levels} levels, temporal_downsample {self.temporal_downsample} and statistics of {channels}"
+            raise ValueError(f"{got} channels in the VAE's config, expected one less, and of {self.z_dim} channels")
+
 
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution that sees the present and the past: frames t-2, t-1, t for a kernel of 3."""
