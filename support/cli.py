@@ -102,6 +102,8 @@ def run(command: Callable[[], None]) -> None:
             sentence = f"--compile failed ({reason}); leave it out, or install a C++ compiler, for a GPU also Triton"
         elif isinstance(error, RuntimeError) or os.environ.get("NANOPUSA_TRACEBACK"):
             raise
+    if len(sentence) > 600:  # it quotes something absurd
+        sentence = f"{sentence[:300]} ... {sentence[-200:]}"
     after_progress = "\n" if status == 130 and sys.stderr.isatty() else ""
     print(f"{after_progress}{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
     sys.exit(status)

@@ -222,6 +222,9 @@ def _parse(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
             unknown.append(key)
         elif layer in parts[part]:
             raise ValueError(f"{path} has more than one {part} for a layer, such as {key}; expected one LoRA in a file")
+        elif part in ("A", "B") and tensor.ndim < 2:
+            got = f"{key} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{path} has {got}, expected a matrix; fetch the file again, or ask where it came from")
         elif not tensor.float().isfinite().all():
             raise ValueError(f"{path} has numbers in {key} that are not finite; fetch the file again, or train anew")
         else:
