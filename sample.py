@@ -206,10 +206,10 @@ def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
 def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
     """Which expert ("high", also the only one, or "low") walks which part of a table (K+1, F), and its guidance.
 
-    The low-noise expert takes the steps with σ_k < boundary. That σ is the step's own, before multipliers, so all
-    frames change over together, conditions included.
+    The high-noise expert takes the steps at which any frame is at the boundary or above: all frames change over
+    together, conditions included.
     """
-    high = int((flow.sigma_schedule(len(taus) - 1, config.shift)[:-1] >= (config.boundary or 0)).sum())
+    high = int((taus[:-1].amax(1) >= (config.boundary or 0)).sum())
     both = ("high", config.guidance, taus[: high + 1]), ("low", config.guidance_2, taus[high:])
     return [leg for leg in both if len(leg[2]) > 1]
 

@@ -622,6 +622,7 @@ def walked(monkeypatch):
         (["--steps", 4, "--shift", 5, "--boundary", 0.94], [1, 3]),
         (["--steps", 4, "--boundary", 0], [4]),
         (["--steps", 4, "--task", "i2v", "--noise", "0.3", "--shift", 5], [2, 2]),
+        (["--steps", 4, "--task", "restyle", "--strength", 0.7, "--shift", 5], [4]),  # no frame is ever above 0.7
         (["--steps", 4, "--task", "stream", "--shift", 5], [2, 2]),  # here all frames go together
     ],
 )
