@@ -865,6 +865,33 @@ def test_config_of_another_model_is_one_sentence(copied):
         opened(copied).transformer()
 
 
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [None, "text", -1, 10**9, 0.5, [], [[1]], True, float("nan"), {}])
+def test_an_impossible_value_of_a_config_is_one_sentence(copied, part, value):
+    fields = {"transformer": "num_layers", "vae": "num_res_blocks", "text_encoder": "d_kv"}
+    edit(copied / part / "config.json", **{fields[part]: value})
+    load = getattr(opened(copied), part)
+    if value is None and part != "text_encoder":  # as if it were not there
+        with pytest.raises(ValueError, match="not those of its config"):
+            load()
+        return
+    with pytest.raises(ValueError, match="cannot read .*config.json.*expected int|not those of its config"):
+        load()
+
+
+def test_a_size_that_no_machine_holds_is_told_with_its_memory(copied):
+    edit(copied / "transformer" / "config.json", num_layers=1000, ffn_dim=2**20, attention_head_dim=2**18)
+    with pytest.raises(ValueError, match=r"transformer of .* would take \S+ TiB in bf16"):
+        opened(copied).transformer()
+
+
+@pytest.mark.parametrize("where", [None, 3, [1], {"a": 1}])
+def test_an_index_of_shards_that_is_none(original, where):
+    edit(original / "diffusion_pytorch_model.safetensors.index.json", weight_map=where)
+    with pytest.raises(ValueError, match="index.json: expected a weight_map, tensor to file"):
+        opened(original).transformer()
+
+
 def test_a_preset_comes_back_and_what_it_leaves_out_is_published(tmp_path):
     assert opened(tmp_path).preset == Preset(size=(832, 480), frames=81, fps=16.0, steps=30, shift=5.0, guidance=3.0)
     preset = Preset(size=(64, 64), frames=33, noise=0.0, negative_prompt="")

@@ -73,6 +73,17 @@ def test_caption_errors(tmp_path):
             dataset.find_clips(tmp_path)
 
 
+def test_absurd_rows_are_one_sentence(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.mp4," + "x" * 200_000)
+    with pytest.raises(ValueError, match=r"metadata\.csv, line \d cannot be read \(field larger than"):
+        dataset.find_clips(tmp_path)
+    for line in ("[" * 100_000, '{"file_name": 1' + "0" * 5000 + "}"):
+        (tmp_path / "metadata.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1 names no clip") as error:
+            dataset.find_clips(tmp_path)
+        assert len(str(error.value)) < 500
+
+
 def test_captions_line_by_line(tmp_path):
     empty_media(tmp_path, "a.mp4", "train/b.mp4")
     (tmp_path / "videos.txt").write_text("b.mp4\na.mp4\n")
