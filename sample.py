@@ -379,7 +379,8 @@ def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> di
     files = records.write_run(config, files, decode(experts.vae, latents), given_frames(job))
     if config.plot:
         marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
-        plots.tau_table(files["tau"], job.taus[0], marks, config.task)
+        with cli.replacing(files["tau"]) as path:
+            plots.tau_table(path, job.taus[0], marks, config.task)
         rows = [(f"after step {k}", decode(experts.vae, z)) for k, z in states.items()]
         media.save_image(files["denoising"], media.filmstrip(rows, height=48))
     print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)

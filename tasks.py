@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flow import shifted
 from support import plots
-from support.cli import expect, latent_frames, option, parse, pixel_frames, run
+from support.cli import expect, latent_frames, option, parse, pixel_frames, replacing, run
 
 
 class Task(NamedTuple):
@@ -162,7 +162,8 @@ def main() -> None:
         m, d, given = plan(name, F, at=(0, F // 2, F - 1) if name == "keyframes" else ())
         taus = tau_schedule(m, config.steps, config.shift, d)
         marks = [(slot.source, slot.positions) for slot in given]
-        plots.tau_table(f"{config.out}/{name}.png", taus, marks, f"{name}: {task.given}")
+        with replacing(f"{config.out}/{name}.png") as path:
+            plots.tau_table(path, taus, marks, f"{name}: {task.given}")
         print(f"{name}: {task.given}\n\n{plots.table(taus)}\n")
     print(f"pictures: {config.out}")
 

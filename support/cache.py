@@ -1,7 +1,7 @@
 """Tensors that are computed once and stored in files: latents of clips, embeddings of prompts.
 
-A file's name is a hash of all that its tensor depends on: content, size, cut, weights, type. (Not the code: whoever
-changes `vae.py` or `text.py` empties the folder.) Files appear whole or not at all, so several runs may share a folder.
+A file's name is a hash of all that its tensor depends on: content, size, cut, weights, type. (Not on the code: whoever
+changes `wan/vae.py` or `wan/text.py` empties the folder.) Files appear whole or not at all, so runs may share a folder.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def compute_missing(
 ) -> list[tuple[Path, int] | None]:
     """For each item the file of compute(item) in fp32, and how many rows it has; None where compute gives None.
 
-    An item's key names its file. What is there and whole is not computed again.
+    An item's key names its file. A file that can be read is not computed again.
     """
     paths = [Path(folder) / f"{name}.safetensors" for name in keys]
     rows = {}

@@ -81,7 +81,7 @@ def fits(value: typing.Any, kind: typing.Any) -> bool:
 
 
 def expect(right: typing.Any, got: str, expected: str) -> None:
-    """Raise ValueError unless it is right."""
+    """ValueError unless `right` is true."""
     if not right:
         raise ValueError(f"got {got}, expected {expected}")
 
@@ -165,12 +165,12 @@ class Progress(tqdm):
         start, end = "\r\033[K" if terminal else "", "" if terminal and self.n < self.total else "\n"
         print(f"{start}{self}", end=end, file=sys.stderr, flush=True)
 
-    def close(self) -> None:  # of a run that ended early too, which has then said why
+    def close(self) -> None:  # draws no last line: a run that ended early has said why
         self.disable = True
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, or a GPU if there is one, or the CPU."""
+    """The device asked for, or a GPU if there is one, or the CPU. ValueError for one that this machine lacks."""
     import torch  # here, so that a wrong flag is answered before torch has loaded
 
     if name is None:
@@ -194,7 +194,7 @@ def pick_dtype(name: str, device: str) -> "torch.dtype":
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height in pixels of `832x480`."""
+    """Width and height in pixels of `832x480`. ValueError unless both are multiples of 16."""
     width, _, height = text.lower().partition("x")
     expect(width.isdigit() and height.isdigit(), f"size {text!r}", "WIDTHxHEIGHT such as 832x480")
     right = int(width) % 16 == int(height) % 16 == 0 < int(width) * int(height)

@@ -44,8 +44,8 @@ def _forward(transformer: nn.Module, shape: Sequence[int]) -> Tensor:
 class Memory(NamedTuple):
     """Bytes on each GPU while training."""
 
-    weights: float  # that are not trained
-    trained: float
+    weights: float  # frozen
+    trained: float  # weights
     gradients: float
     optimizer: float  # AdamW's two moments of all that is trained, and its step count for each tensor
     gathered: float  # on several GPUs, two blocks put together from their shards: one at work, one on its way
@@ -61,11 +61,11 @@ def memory(
     recompute: Callable[[nn.Module], None] | None, shape: Sequence[int], stored: torch.dtype, dtype: torch.dtype,
     gpus: int = 1,
 ) -> Memory:  # fmt: skip
-    """What training takes on each GPU, which sees latents of a shape (B, C, F, H, W) at a time.
+    """What training takes on each GPU, which sees latents of `shape` (B, C, F, H, W) at a time.
 
     Runs one and two layers of `network`, as all that is measured is linear in the layers. trainable(transformer) makes
-    ready and returns what is trained; recompute(transformer) turns on gradient checkpointing. Weights are `stored` in
-    one dtype and compute in the other; with gradients and optimizer they are sharded over the GPUs (FSDP). Left out:
+    it ready and returns what is trained; recompute(transformer) turns on gradient checkpointing. Weights are held in
+    `stored` and compute in `dtype`; with gradients and optimizer they are sharded over the GPUs (FSDP). Left out:
     the CUDA context, temporaries of one operation (a few percent each), and a text encoder in training.
     """
 
@@ -96,10 +96,10 @@ def memory(
 
 def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     """Bytes that a forward pass saves for its backward pass, without the model's own parameters."""
-    own, saved = {parameter.untyped_storage() for parameter in model.parameters()}, set()
+    weights, saved = {parameter.untyped_storage() for parameter in model.parameters()}, set()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.untyped_storage()) or t, lambda t: t):
         forward()
-    return sum(storage.nbytes() for storage in saved - own)  # several views of one storage count once
+    return sum(storage.nbytes() for storage in saved - weights)  # several views of one storage count once
 
 
 def training(
@@ -108,12 +108,12 @@ def training(
 ) -> str:  # fmt: skip
     """Parameters, operations and memory of a training, in words.
 
-    outline: the transformer on "meta", made ready for training; the arguments up to `gpus` are those of `memory`; the
-    training has so many steps, each of `batch` windows.
+    outline: the transformer on "meta", made ready for training; batch: windows in each of the `steps`; the others are
+    those of `memory`.
     """
     trained = sum(p.numel() for p in outline.parameters() if p.requires_grad)
-    of = partial(memory, type(outline), outline.config, trainable)
-    plain, thrifty = (of(again, shape, stored, dtype, gpus) for again in (None, recompute))
+    measure = partial(memory, type(outline), outline.config, trainable)
+    plain, thrifty = (measure(again, shape, stored, dtype, gpus) for again in (None, recompute))
     unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
     rows = zip((*Memory._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
     return "\n".join([
@@ -133,7 +133,7 @@ def sampling(
     """Memory and time of a run, in words, from the sizes of the parts and a quarter of a second of matrix products.
 
     parts: transformer, VAE and text encoder on "meta"; shape (F, H, W) of the latents in each of the `passes`;
-    decoding: bytes that the VAE takes beside its weights; stays: whether the transformer is still there meanwhile.
+    decoding: bytes that the VAE takes beside its weights; stays: whether the transformer stays in memory meanwhile.
     """
     transformer, vae, encoder = map(_count, parts)
     config, blocks, size = parts[0].config, parts[0].blocks, dtype.itemsize

@@ -60,9 +60,9 @@ class Dataset(NamedTuple):
     latents: Sequence[Tensor]
     prompts: list[str]  # of each window
     context: Context
-    validation: list[int]  # a window of each clip that no training step sees
+    validation: list[int]  # one window of each clip that is held out of training
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
-    digest: str = ""  # of everything above
+    digest: str = ""  # of the captions and latents
     skipped: Sequence[Skipped] = ()
 
 
@@ -132,7 +132,7 @@ def read_text(path: Path | str) -> str:
 
 
 def read_prompts(path: Path | str) -> list[str]:
-    """The lines of a text file, without blank ones."""
+    """The lines of a text file, without blank ones. ValueError if it cannot be read, or has none."""
     try:
         prompts = [" ".join(line.split()) for line in read_text(path).splitlines() if line.strip()]
     except OSError as error:
@@ -167,14 +167,14 @@ def write_clip(folder: Path | str, number: int, video: Tensor, fps: float, capti
 
 
 def look_through(folder: Path | str, cut: Cut, strict: bool) -> tuple[list[Source], list[Skipped]]:
-    """The clips of a folder that can be used, and those that cannot, which are named as `tell_skipped` does."""
+    """The clips of a folder that can be used, and those that cannot, which are printed as by `tell_skipped`."""
     sources, skipped = survey(find_clips(folder), cut)
     tell_skipped(skipped, len(sources), folder, strict)
     return sources, skipped
 
 
 def tell_skipped(skipped: Sequence[Skipped], usable: int, folder: Path | str, strict: bool) -> None:
-    """Name the clips that are left out. ValueError if none may be, or if all are."""
+    """Print which clips are left out, and why. ValueError if none may be, or if none is left."""
     if skipped and (strict or not usable):
         first = f"{len(skipped)} of {len(skipped) + usable} clips in {folder} cannot be used, the first is "
         advice = "mend or remove them, or leave out --strict" if usable else "mend them or add others"
@@ -238,7 +238,7 @@ def prepare(
 ) -> Dataset:  # fmt: skip
     """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
 
-    encode, encoder_name, cache_folder: as in `latents`; context_of(captions) makes the dataset's `context`.
+    encode, encoder_name: as in `latents`, whose folder is `cache_folder`; context_of(captions) makes the `context`.
     """
     sources, skipped = look_through(folder, cut, strict)
     load = partial(latents, cut=cut, encode=encode, encoder_name=encoder_name, folder=cache_folder)
@@ -279,9 +279,9 @@ def latents(
 ) -> tuple[list[cache.StoredTensors | None], list[Skipped]]:
     """The latents of each clip's windows, each (16, F, H, W) in fp32; those not yet in `folder` are encoded.
 
-    encode: of a window (1, 3, N, H, W) to (1, 16, F, H, W); encoder_name must differ where its weights do. Latents are
-    found by content, size, cut and encoder, whatever a file's name. A clip that turns out to be damaged, or shorter
-    than it said, gives None, and the reason.
+    encode: a window (1, 3, N, 8H, 8W) in [-1, 1] → (1, 16, F, H, W); encoder_name must differ where its weights do.
+    Latents are found by content, size, cut and encoder, whatever a clip's file is called. A clip that turns out to be
+    damaged, or shorter than it said, gives None, and the reason.
     """
     skipped = []
 

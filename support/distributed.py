@@ -41,8 +41,8 @@ def rank() -> int:
 def process_group(device: str | None) -> Iterator[str | None]:
     """Work with the other processes of this torchrun, if there are any, to the end of the block.
 
-    Takes the device that the user named, and yields this process's own. What processes other than the first print is
-    dropped, but not what ends them.
+    device: what the user named; yields the device of this process. Only the first process prints, but any one can say
+    what ended it.
     """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield device
@@ -50,17 +50,17 @@ def process_group(device: str | None) -> Iterator[str | None]:
     kind = cli.pick_device(device)
     if kind not in ("cuda", "cpu"):
         raise ValueError(f"got --device {kind} for several processes, expected cuda, a GPU for each of them, or cpu")
-    own = "cpu" if kind == "cpu" else cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    gpu = None if kind == "cpu" else torch.device(own)
+    device = "cpu" if kind == "cpu" else cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    gpu = None if kind == "cpu" else torch.device(device)
     if gpu:
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(gpu)
     # Others wait while the first one writes a state. torchrun notices when a process has died, and ends the rest.
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=gpu)
     try:
         with open(os.devnull, "w") if rank() > 0 else nullcontext() as nowhere:
             with redirect_stdout(nowhere or sys.stdout), redirect_stderr(nowhere or sys.stderr):
                 print(f"{size()} processes; should one die, the same command with --resume goes on from the last save")
-                yield own
+                yield device
     except KeyboardInterrupt:
         if rank() > 0:
             sys.exit(130)  # the first one says it for all
@@ -77,12 +77,12 @@ def process_group(device: str | None) -> Iterator[str | None]:
 
 
 def my_share(items: Sequence) -> Sequence:
-    """Those of the items that this process takes: every `size()`-th, from its own rank on."""
+    """The items that this process takes: every `size()`-th, starting at its rank."""
     return items[rank() :: size()]
 
 
 def each_its_share(load: Callable[[Sequence], Any], items: Sequence) -> Any:
-    """load(items), which computes what is not on disk yet: each process its share, and then all find everything."""
+    """load(items), where load stores what it computes: each process computes its share, then each reads everything."""
     if size() > 1:
         load(my_share(items))
         dist.barrier()
@@ -108,9 +108,8 @@ def broadcast(value: Any) -> Any:
 def shard(model: nn.Module, units: Iterable[nn.Module | list[nn.Module]], device: str) -> None:
     """Give each process its shard of every parameter, on its device.
 
-    The values come from the first process; the model of the others may be without memory. The parameters of a unit are
-    gathered when it is called; units within others come first. What is in no unit is gathered for the whole forward
-    pass.
+    The values come from the first process; the model of the others may be on "meta". A unit's parameters are gathered
+    when it is called, those in no unit for the whole forward pass. List a unit before the one that contains it.
     """
     values = model.state_dict() if rank() == 0 else {}
     model.to("meta")

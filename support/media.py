@@ -61,7 +61,7 @@ class _Video(PyAVPlugin):
         self.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")
         stream, context = self._video_stream, self._video_stream.codec_context
         stream.height, stream.width = video.shape[1:3]
-        # Of 0 (lossless) to 51. Without `cpu-independent`, or with as many threads as there are, bytes can differ.
+        # crf is from 0 (lossless) to 51. Without `cpu-independent` and a fixed number of threads, bytes can differ.
         context.options, context.thread_count = {"crf": "12", "x264-params": "cpu-independent=1"}, 4
         # Untagged, players guess the colour matrix from the size. BT.601 is FFmpeg's 6 and swscale's 5, video range 1.
         context.colorspace, context.color_range = 6, 1
@@ -94,7 +94,7 @@ def read_video(
 
 
 def read_windows(path: Path | str, size: Size, fps: float, frames: int) -> Iterator[Tensor]:
-    """A clip cut from its start into windows (3, N, H, W) of N = `frames`, one in memory at a time; a rest is left."""
+    """Cut a clip into windows (3, N, H, W) of N = `frames`, one in memory at a time; a shorter rest is dropped."""
     pictures = _pictures(Path(path), size, fps)
     while len(window := list(islice(pictures, frames))) == frames:
         yield torch.stack(window, dim=1)
@@ -115,7 +115,7 @@ def probe(path: Path | str, fps: float) -> tuple[int, int, int]:
 
 @contextmanager
 def _opened(path: Path | str, plugin: type | str) -> Iterator:
-    """A file to read, by an imageio plugin; what goes wrong meanwhile is a ValueError that names it."""
+    """Open a file with an imageio plugin; whatever fails while it is read is a ValueError that names it."""
     of_video, of_image = ("a video", "a file that FFmpeg reads"), ("an image", "a PNG, JPEG or the like")
     kind, expected = of_image if plugin == "pillow" else of_video
     try:
@@ -168,7 +168,7 @@ def read_image(name: Path | str, size: Size | None = None) -> Tensor:
     with _opened(name, "pillow") as file:
         image = Image.fromarray(file.read(index=0, mode="RGB"))
         orientation = file.metadata(index=0, exclude_applied=False).get("Orientation", 1)
-    # The plugin's own `rotate` mirrors the colours of a grey picture in place of its columns.
+    # The plugin's own `rotate` mirrors the colours of a grey picture instead of its columns.
     image.getexif()[ExifTags.Base.Orientation] = orientation
     return _from_bytes(np.array(ImageOps.exif_transpose(image)), size)
 
@@ -223,7 +223,7 @@ def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     sheet = frames.reshape(-1, 3)[:: max(1, frames.size // 3 >> 18)]
     palette = Image.fromarray(sheet[None]).quantize(256, kmeans=2)
     indices = [Image.fromarray(pixels).quantize(palette=palette, dither=Image.Dither.NONE) for pixels in frames]
-    # GIF counts in hundredths of a second: rounding the times, not the durations, keeps the whole on time.
+    # GIF counts in hundredths of a second: rounding the times, not the durations, lets no error add up.
     times = [round(100 * index / fps) for index in range(len(frames) + 1)]
     settings = {"palette": bytes(palette.getpalette()), "duration": [10 * (b - a) for a, b in pairwise(times)]}
     iio.imwrite(path, np.stack(indices), plugin="pillow", mode="P", loop=0, disposal=1, **settings)
@@ -243,8 +243,8 @@ def filmstrip(
 
     rows     (title, video (3, N, H, W) in [-1, 1]) of each row; the numbers of its frames are written below them.
     marks    for each row whether each of its N frames was given (True) or generated (False), told by colour and by a
-             legend; None leaves a row unmarked, as no marks do all rows.
-    height   of a frame, in pixels; columns: at most that many of each row, evenly spaced, with the first and the last.
+             legend; None leaves a row unmarked, and without marks all rows are.
+    height   of a frame, in pixels; columns: at most that many frames a row, evenly spaced, from the first to the last.
     """
     font, gap, line = ImageFont.load_default(size=14), 6, 18
     marks = marks or [None] * len(rows)

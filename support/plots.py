@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from support import cli
-
 COLOURS, GREY = ("#1f5fa8", "#e87722", "#2a9d6f", "#8a4fbf"), "#555555"
 STYLE = [  # the same everywhere, whatever the user's own settings say
     "default",
@@ -17,14 +15,14 @@ STYLE = [  # the same everywhere, whatever the user's own settings say
     {f"axes.spines.{side}": False for side in ("left", "right", "top", "bottom")},
     {"font.size": 9, "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "axes.edgecolor": "white"},
     {"path.simplify": False, "lines.solid_capstyle": "round", "axes.formatter.useoffset": False},
-    {"svg.fonttype": "none", "svg.hashsalt": "nanoPusa"},  # letters stay letters, and names of parts the same
+    {"svg.fonttype": "none", "svg.hashsalt": "nanoPusa"},  # text stays text, and equal input gives equal ids
 ]
 
 
 def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequence[int]]] = (), title: str = "") -> None:
     """Write τ (K+1, F) as a PNG heat map, steps down and frames across.
 
-    given: (what, its latent frames, which are neighbours) of each condition, marked under its frames.
+    given: (name, its latent frames, which are neighbours) of each condition, marked under those frames.
     """
     from matplotlib import colors, figure, style
 
@@ -56,8 +54,7 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
         sheet.colorbar(cells, bar, ticks=(0, 1), format=lambda tau, _: "1 noise" if tau else "0 data")
         axes.set_title(title, loc="left", fontsize=14, pad=24, color="#222222")
         axes.text(0, -0.1 / height, "noise level of each latent frame, step by step")
-        with cli.replacing(path) as temporary:
-            sheet.savefig(temporary, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+        sheet.savefig(path, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
 
 
 def curves(
@@ -66,7 +63,7 @@ def curves(
     """Charts over the steps of a training, side by side as one SVG; empty text if nothing was measured.
 
     metrics: the figures of each step, by name; panels: the names in each chart, which has a range of its own;
-    best: a step to mark; points: a longer line shows the means of so many equal stretches.
+    best: a step to mark; points: a line of more is cut into so many equal stretches, and shows the mean of each.
     """
     from matplotlib import figure, style, ticker
 
@@ -90,7 +87,7 @@ def curves(
 
 
 def _line(metrics: Sequence[dict], name: str, points: int) -> np.ndarray:
-    """(step, figure) of at most so many points, and twice of a lone one, which then is a dot."""
+    """(n, 2): step and figure of at most so many points; a lone one is there twice, so that it shows as a dot."""
     known = [(line["step"], line[name]) for line in metrics if math.isfinite(line.get(name, math.nan))]
     stretches = np.array_split(np.array(known * 2 if len(known) == 1 else known), points)
     return np.array([(stretch[-1, 0], stretch[:, 1].mean()) for stretch in stretches if len(stretch)])

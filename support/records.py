@@ -1,4 +1,4 @@
-"""What runs leave: a video, its filmstrip, and a JSON file with every setting, which repeats the run."""
+"""What `sample.py` leaves: a video, its filmstrip, and a JSON file with every setting, which repeats the run."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def write(path: Path, config: Config) -> None:
 
 
 def read(path: Path, config_class: type[Config]) -> Config:
-    """The settings that `write` wrote. ValueError if the file is none of them, or lacks one."""
+    """The settings that `write` wrote. ValueError if the file is no such record, or lacks a setting."""
     try:
         entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
         entries = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
@@ -32,10 +32,10 @@ def read(path: Path, config_class: type[Config]) -> Config:
     return config
 
 
-def repeated(config: Config, *own: str) -> Config:
-    """The settings of the run whose record is `config.from_json`, but for these of `config` itself."""
+def repeated(config: Config, *names: str) -> Config:
+    """The settings recorded in `config.from_json`, except those of these names, which stay as they are in `config`."""
     record = read(Path(config.from_json), type(config))
-    return dataclasses.replace(record, **{name: getattr(config, name) for name in own})
+    return dataclasses.replace(record, **{name: getattr(config, name) for name in names})
 
 
 def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str, Path]:
@@ -57,7 +57,7 @@ def outputs(out: str | None, name: str, plot: bool, overwrite: bool) -> dict[str
 
 
 def write_run(config: Config, files: dict[str, Path], video: Tensor, given: list[bool]) -> dict[str, Path]:
-    """Write the video (3, N, H, W), its filmstrip, which shows what was given, and its settings; where they went."""
+    """Write the video (3, N, 8H, 8W) in [-1, 1], its settings and a filmstrip that marks given frames → their paths."""
     if config.out is None:  # another run may have taken the number that was free when this one began
         files = outputs(config.out, config.task, config.plot, config.overwrite)
     media.write_video(files["video"], video, config.fps)
@@ -67,13 +67,13 @@ def write_run(config: Config, files: dict[str, Path], video: Tensor, given: list
 
 
 def clip_folder(config: Config, may_change: set[str]) -> Path:
-    """The folder `config.out` for clips. ValueError if it holds anything else than a run with these settings began.
+    """The folder `config.out` for clips. ValueError if it holds anything but clips begun with these settings.
 
     may_change: the settings that need not be those in its `settings.json`.
     """
-    folder = Path(config.out or "a.mp4")
+    folder = Path(config.out or "")
     record = folder / "settings.json"
-    if folder.is_file() or folder.suffix in (".mp4", ".gif"):
+    if not config.out or folder.is_file() or folder.suffix in (".mp4", ".gif"):
         raise ValueError(f"got {config.out} as --out of --prompts, expected a folder for the clips, such as data/mine")
     if record.is_file():
         begun = vars(read(record, type(config)))

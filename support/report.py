@@ -29,7 +29,7 @@ td {{ padding: 0 2em 0 0; vertical-align: top }} td:first-child {{ color: #777 }
 # The paper's training (arXiv 2507.16116 and its published scripts). `cost.window_flops` counts 6.45e15 for a clip.
 PAPER_GPUS = 8
 PAPER_FLOPS = 900 * PAPER_GPUS * 6.45e15
-PAPER_SPEED = 312e12 * 0.4  # FLOP/s of a GPU: an A100's peak in bf16, of which good trainers keep up two fifths
+PAPER_SPEED = 312e12 * 0.4  # FLOP/s of a GPU: an A100's peak in bf16, times the share that good trainers reach
 _ON_PAPER_HARDWARE = (
     "Operations are those that PyTorch counts (support/cost.py): the transformer, forward and "
     "backward, without VAE, text encoder, validation and samples. The paper's hardware is 8 GPUs of 80 GB, here taken "
@@ -46,7 +46,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def write(folder: Path | str) -> Path:
-    """Write `report.html` of a run from the other files in its folder, and return its path."""
+    """Write `report.html` from the other files in the folder of a run → its path. ValueError if there is no run."""
     folder = Path(folder)
     if not (folder / "settings.json").is_file():
         raise ValueError(f"{folder} holds no run: expected the folder of one, with settings.json, such as runs/pusa")
@@ -81,7 +81,7 @@ def _curves(metrics: list[dict[str, float]]) -> list[str]:
 
 
 def _cost(settings: dict, facts: dict, last: dict) -> list[tuple[str, str]]:
-    """What was spent, and what the same and the paper's training would take here and there."""
+    """What this run took, and what it and the paper's training would take here and on the paper's hardware."""
     flops, seconds, paper = last["flops"], last["seconds"], PAPER_FLOPS
     there, here = PAPER_GPUS * PAPER_SPEED, flops / max(seconds, 1e-9)
     return [

@@ -34,7 +34,7 @@ def newest_state(out: Path | str) -> Path | None:
 
 
 def full_models(models: nn.Module, outline: nn.Module) -> nn.Module:
-    """The models, or if they are sharded their outline, which gets what is trained on the first process's CPU."""
+    """The models; if they are sharded, their outline, with what is trained filled in on the first process's CPU."""
     if distributed.size() > 1:
         weights = state_dict.get_model_state_dict(models, options=_TRAINED)
         outline.load_state_dict(weights, strict=False, assign=True)
@@ -58,10 +58,10 @@ class Run:
     """A run in its folder, and its figures so far. It knows no model: it is handed what it writes."""
 
     def __init__(self, settings: dict, may_change: set[str]):
-        """Claim the folder settings["out"], and with settings["resume"] read its last state.
+        """Check the folder settings["out"], and with settings["resume"] read its last state.
 
         Raises ValueError if the folder holds another run or result, or none to go on from, or if a setting outside of
-        `may_change` is another than when the run began. But `steps` may grow.
+        `may_change` differs from when the run began, except for `steps`, which may grow.
         """
         self.settings, self.out, self.steps = settings, Path(settings["out"]), settings["steps"]
         self.figures = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
@@ -153,7 +153,7 @@ class Run:
         os.write(2, message)  # print could be what was interrupted
 
     def count(self, loss: float, seconds: float, tokens: int, flops: float) -> dict[str, float]:
-        """Add a step to the figures so far, and return its own. tokens, flops: of each of its windows."""
+        """Add a step to the figures so far, and return its own. seconds: it took; tokens, flops: of each window."""
         batch, smooth = self.settings["batch"], self.figures["smooth"]
         self.figures["step"] += 1
         self.figures["smooth"] = loss if smooth is None else 0.98 * smooth + 0.02 * loss

@@ -10,7 +10,7 @@ Three layouts hold the same weights; in memory, tensors have their original name
                  google/umt5-xxl/tokenizer.json; Wan2.2 has high_noise_model/ and low_noise_model/ for the first two
     -Diffusers   model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/; Wan2.2 adds transformer_2/
     single file  FILE.safetensors, a transformer as ComfyUI has it; the other parts are those of the folder it lies in.
-                 Of two experts, each lies alone in high_noise_model/ or low_noise_model/ of an original folder
+                 An expert of Wan2.2 lies alone in high_noise_model/ or low_noise_model/ of an original folder
 
 What a model is comes from its configs and tensors, never from its folder's name. Modules are built without memory and
 filled tensor by tensor, so loading needs the size of one model, not two.
@@ -53,10 +53,10 @@ class Preset:
     steps: int = 30
     shift: float = 5.0
     guidance: float = 3.0
-    noise: float | None = None  # m of every condition; None: each task's own
+    noise: float | None = None  # m of every condition; None: the default of each task
     strength: float = 1.4  # of a LoRA for which the user names none
-    boundary: float = 0.875  # of two experts, the low-noise one runs where sigma, before multipliers, is below this
-    guidance_2: float | None = None  # of the low-noise expert; None: as of the other
+    boundary: float = 0.875  # with two experts, the low-noise one takes the steps where every frame's tau is below this
+    guidance_2: float | None = None  # guidance of the low-noise expert; None: the same
     negative_prompt: str = (
         "oversaturated, overexposed, static, blurry details, subtitles, style, painting, picture, still, grey overall, "
         "worst quality, low quality, JPEG artifacts, ugly, incomplete, extra fingers, badly drawn hands and faces, "
@@ -76,7 +76,7 @@ class Part(NamedTuple):
     renamed: bool = False  # whether names and fields are those of a -Diffusers folder
 
 
-# Layouts. Each says where the parts are, and is a class of these three attributes and this one method.
+# Layouts. Each has `folder`, `two_experts`, `tokenizer`, `part`, and the `suffix` of its published repositories.
 
 
 class Diffusers:
@@ -182,12 +182,12 @@ class Opened:
 
     @cached_property
     def config(self) -> Any:
-        """The sizes of the transformer, a `network.config_class`; of two experts, of the one for high noise."""
+        """The sizes of the transformer, a `network.config_class`; with two experts, of the high-noise one."""
         return self._config("transformer")
 
     @cached_property
     def preset(self) -> Preset:
-        """What the folder's `sampling.json` says; what it leaves out is as published for such a model."""
+        """What `sampling.json` says, and else what is published for such a model. ValueError for bad entries."""
         preset = Preset() if self.published == SMALL else Preset(size=(1280, 720))
         index = self.folder / "model_index.json"
         boundary = _json(index).get("boundary_ratio") if index.is_file() else None
@@ -205,7 +205,7 @@ class Opened:
 
     @cached_property
     def published(self) -> str:
-        """The published model with as many experts and layers: its settings are fit, and its files can stand in."""
+        """The published model with as many experts and layers: what this one lacks is taken from there."""
         if self.two_experts:
             return TWO_EXPERTS
         name = self.layout.part("transformer").config
@@ -223,7 +223,7 @@ class Opened:
             _download(self.repository, ("*.json", *weights))
 
     def transformer(self, dtype: torch.dtype | None = None, device: str = "cpu", expert: str = "high") -> nn.Module:
-        """The diffusion transformer; of two experts the one for "high" or "low" noise.
+        """The diffusion transformer; with two experts, the one for "high" or "low" noise.
 
         Nothing can be computed in fp8: stored weights of that type become bf16 unless `dtype` says otherwise.
         """
@@ -249,8 +249,8 @@ class Opened:
     ) -> Callable[[list[str]], Tensor]:
         """A function from any of these prompts to their embeddings, (B, text_len, text_dim) in fp32 on the CPU.
 
-        Each prompt is encoded once ever: `cache_folder` keeps its embedding without the padding, which is zero. Only
-        for a prompt that is not there the encoder is loaded, and it is gone when this returns.
+        Each prompt is encoded once ever: `cache_folder` holds its embedding without the padding, which is zero. The
+        encoder is loaded only if a prompt is not there, and it is freed before this returns.
         """
         tokenizer, prompts = self.tokenizer(), list(dict.fromkeys(prompts))
         encoder = functools.cache(lambda: self.text_encoder(dtype, device))
@@ -264,10 +264,10 @@ class Opened:
         embeddings = cache.embeddings(prompts, embed, name, cache_folder)
         index = {prompt: i for i, prompt in enumerate(prompts)}
 
-        def look_up(some: list[str]) -> Tensor:
-            found = [embeddings[index[prompt]] for prompt in some]
-            ends = [(0, 0, 0, tokenizer.text_len - len(embedding)) for embedding in found]
-            return torch.stack(list(map(nn.functional.pad, found, ends)))
+        def look_up(wanted: list[str]) -> Tensor:
+            found = [embeddings[index[prompt]] for prompt in wanted]
+            padding = [(0, 0, 0, tokenizer.text_len - len(embedding)) for embedding in found]
+            return torch.stack(list(map(nn.functional.pad, found, padding)))
 
         return look_up
 
@@ -289,7 +289,7 @@ class Opened:
         config_class = {"vae": VAEConfig, "text_encoder": text.T5Config}.get(part, self.network.config_class)
         weights, name, renamed = self.layout.part(part)
         if name is None:  # all sizes are in the shapes of the part's tensors
-            shapes, class_name = {name: tensor.shape for name, tensor in self._stored(part).items()}, None
+            class_name, shapes = None, {key: tensor.shape for key, tensor in self._stored(part).items()}
             try:
                 measured = configs.from_shapes(part, shapes)
             except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
@@ -353,10 +353,10 @@ class Opened:
         return module.eval()
 
     def _text_fingerprint(self) -> str:
-        """A name for what prompts become, wherever the model lies: by tokenizer, config and some of the weights.
+        """A name for this way to encode prompts, from tokenizer, config and some of the weights, not from its path.
 
-        Of a file of weights its size and 64 pages, evenly spaced, are read: all of 11 GB would take longer than a
-        prompt. Training changes them all; whoever edits a few by hand empties the folder of embeddings.
+        A file of weights counts by its size and 64 evenly spaced pages: reading all 11 GB would take longer than a
+        prompt. Training changes every page; whoever edits a few by hand empties the folder of embeddings.
         """
         self.fetch(["text_encoder"])
         digest = hashlib.sha256(self._need(self.layout.tokenizer).read_bytes())
@@ -388,7 +388,7 @@ class Opened:
     ) -> None:  # fmt: skip
         """Write this model as a -Diffusers folder with another transformer, and maybe another text encoder.
 
-        expert: of two, which one ("high" or "low") `transformer` is; the other stays. boundary: None for the preset's.
+        expert: which of two ("high" or "low") `transformer` is; the other stays. boundary: None for the preset's.
         """
         experts, preset = {expert or "high": transformer}, self.preset
         if expert:
@@ -428,7 +428,7 @@ def _download(repository: str, patterns: tuple[str, ...]) -> Path:
 
 
 def _misfits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, files.Stored]) -> str:
-    """How many stored tensors are not those of these names and shapes, and the first of each kind."""
+    """How many tensors are missing, unknown or of another shape, and the first of each kind; "" if none is."""
     kinds = {
         "missing": [name for name in shapes if name not in stored],
         "unknown": [name for name in stored if name not in shapes],
@@ -484,7 +484,7 @@ def _json(path: Path) -> dict:
 
 # Writing.
 
-# Of diffusers' schedulers this one alone is Euler on `flow.sigma_schedule`, step for step. FlowMatchEuler spaces u in
+# The only scheduler in diffusers that is Euler on `flow.sigma_schedule`, step for step. FlowMatchEuler spaces u in
 # K - 1 parts and shifts its end twice; the multistep solvers hand the network whole timesteps only.
 _SCHEDULER = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000}
 _INDEX = {
@@ -516,8 +516,8 @@ def save_pipeline(
 ) -> None:
     """Write the parts that are given as a -Diffusers folder; parts that are there and not given stay as they are.
 
-    `dtype` says which parts are stored in another type, such as `{"vae": torch.float16}`. The files that describe the
-    whole (`model_index.json`, `scheduler/`) are written with the transformer, of two experts with both.
+    `dtype`: which parts are stored in another type, such as `{"vae": torch.float16}`. ValueError for an unknown part.
+    `model_index.json` and `scheduler/` are written only with a transformer; name both where there are two experts.
     """
     folder, dtype = Path(folder), dtype or {}
     if unknown := dtype.keys() - set(PARTS):

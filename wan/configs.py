@@ -58,7 +58,7 @@ def from_diffusers(part: str, theirs: dict) -> dict:
 
 
 def _product(a: Any, b: Any) -> int | None:
-    return a * b if type(a) is type(b) is int else None  # which is told as a value of a wrong type
+    return a * b if type(a) is type(b) is int else None  # None: refused later, as a value of the wrong type
 
 
 def to_diffusers(part: str, config: Any) -> dict:
@@ -80,7 +80,7 @@ def to_diffusers(part: str, config: Any) -> dict:
 
 
 def from_shapes(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict:
-    """Our fields, of the shapes of a part's tensors under their original names; KeyError names one that is missing."""
+    """Our fields, from the shapes of a part's tensors by their original names; KeyError names one that is missing."""
     return {"vae": _vae, "text_encoder": _text_encoder}.get(part, _transformer)(shapes)
 
 
@@ -90,7 +90,7 @@ def layers(names: Iterable[str]) -> int:
 
 
 def other_kind(config: Any, class_name: str | None) -> str:
-    """What a transformer is if it is not for text-to-video, else an empty string; class_name: what its config names."""
+    """What a transformer is if it is not for text-to-video, else ""; class_name: its config's `_class_name`."""
     known = class_name in (None, "WanModel", "WanTransformer3DModel")
     name = config.model_type if known else str(class_name)
     kind = name.lower()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Stored(NamedTuple):
-    """A tensor in a file, which `read` reads."""
+    """A tensor in a file; `read()` returns it."""
 
     shape: tuple[int, ...]
     fp8: bool
@@ -29,9 +29,9 @@ def stored(paths: Iterable[Path]) -> dict[str, Stored]:
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():
-                        entry = file.get_slice(name)
-                        is_fp8 = entry.get_dtype().startswith("F8")
-                        found[name] = Stored(tuple(entry.get_shape()), is_fp8, partial(_read, path, name))
+                        header = file.get_slice(name)
+                        is_fp8 = header.get_dtype().startswith("F8")
+                        found[name] = Stored(tuple(header.get_shape()), is_fp8, partial(_read, path, name))
             else:
                 tensors = unpickle(path, "model_state")
                 if tensors is None:
@@ -45,7 +45,7 @@ def stored(paths: Iterable[Path]) -> dict[str, Stored]:
 def unpickle(path: Path, entry: str | None = None) -> dict[str, Tensor] | None:
     """The dict of names to dense tensors that is in a pickle, or in this entry of it; None if anything else is.
 
-    Whatever error the unpickler has over damaged bytes is raised; UnpicklingError also for more than plain values.
+    Damaged bytes raise whatever the unpickler raises; more than plain values raises UnpicklingError.
     """
     # Mapped, so that what is cast or moved to a GPU is never all in memory twice.
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -60,7 +60,7 @@ def unpickle(path: Path, entry: str | None = None) -> dict[str, Tensor] | None:
 
 
 def single_file(path: Path) -> dict[str, Stored]:
-    """The transformer of a single file under its original names; fp8 weights get their scales as they are read."""
+    """A single file's transformer, by original names; fp8 weights are scaled when read. ValueError for a bad scale."""
     found = stored([path])
     prefixes = ("model.diffusion_model.", "diffusion_model.")
     prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in found)), "")

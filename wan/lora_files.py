@@ -28,7 +28,7 @@ from wan.names import TRANSFORMER_NAMES, layer_name, rename
 
 
 class Pair(NamedTuple):
-    """`scale · B·A` is added to a layer's weight. Of a convolution, the kernel counts among the inputs."""
+    """`scale · B·A` is added to a layer's weight. A convolution's kernel counts among its inputs."""
 
     A: Tensor  # (rank, in)
     B: Tensor  # (out, rank)
@@ -109,7 +109,7 @@ def load(path: Path | str) -> LoRA:
     Layers may have the names of Wan, diffusers or kohya (`lora_unet_`). ValueError for a file that cannot be read, for
     a key that is not understood and for incomplete pairs: a LoRA applied in part looks like one that was trained badly.
     """
-    return _open(Path(path))[0]
+    return _read(Path(path))[0]
 
 
 def save(
@@ -117,9 +117,9 @@ def save(
 ) -> None:
     """Write a LoRA as safetensors; equal input gives equal bytes.
 
-    ComfyUI, diffusers and `load` all read the layout "comfy". It has an alpha where that differs from the rank. "peft"
-    (diffusers' own) and "original" (the official Pusa's) have none, so B is scaled instead; the first holds diffs of
-    biases, the second no diffs. The metadata repeats rank, alpha and `base` for people; nothing depends on it.
+    to: ComfyUI, diffusers and `load` all read "comfy", which stores an alpha where it differs from the rank. "peft"
+    (diffusers' own) and "original" (the official Pusa's) store none, so B is scaled instead; "peft" holds diffs of
+    biases only, "original" none: ValueError for others. Rank, alpha and `base` in the metadata are for people alone.
     """
     if not lora:
         raise ValueError(f"no LoRA pairs to write to {path}; expected the result of extract or load")
@@ -139,7 +139,7 @@ def save(
 
 
 def parse_entry(entry: str) -> tuple[str, str, float | None]:
-    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH]; the colon of `C:` is of the path."""
+    """The expert ("" for both), path and strength of [high=|low=]PATH[:STRENGTH]; the path may have colons (`C:`)."""
     expert, rest = re.fullmatch(r"(?:(high|low)=)?(.*)", entry, re.DOTALL).groups(default="")
     path, colon, number = rest.rpartition(":")
     try:
@@ -149,19 +149,19 @@ def parse_entry(entry: str) -> tuple[str, str, float | None]:
 
 
 def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = False) -> None:
-    """Write the LoRA of a file in another layout of `LAYOUTS`, with the metadata that it has."""
+    """Write the LoRA of a file in another layout of `LAYOUTS`, with its metadata. ValueError if `path` will not do."""
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"got {path} to write to, expected a name that ends in .safetensors")
     if Path(path).exists() and not overwrite:
         raise ValueError(f"{path} exists; give another name, or --overwrite")
-    lora, _, metadata = _open(Path(source))
+    lora, _, metadata = _read(Path(source))
     metadata.pop(_DIFFUSERS_SETTINGS, None)  # its alpha is in the pairs now
     save(path, lora, metadata=metadata, to=to)
 
 
 def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> None:
     """Print what a LoRA file holds and, given a model, whether it fits: ValueError if not."""
-    lora, keys, metadata = _open(Path(path))
+    lora, keys, metadata = _read(Path(path))
     pairs = lora.pairs.values()
     parts = [*(matrix for pair in pairs for matrix in pair[:2]), *lora.diffs.values()]
     norms = {name: pair.norm() for name, pair in lora.pairs.items()}
@@ -175,7 +175,7 @@ def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> No
         "stored as": ", ".join(sorted({str(part.dtype).removeprefix("torch.") for part in parts})),
     }
     if model:
-        from wan import checkpoint  # here, as nothing else of LoRA needs models on disk
+        from wan import checkpoint  # here, as nothing else about LoRA files needs a model
 
         with torch.device("meta"):
             lora.check(network(checkpoint.open(model, network).config))
@@ -187,7 +187,7 @@ def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> No
         print(f"{name:11} {textwrap.shorten(value, 300)}")
 
 
-def _open(path: Path) -> tuple[LoRA, list[str], dict[str, str]]:
+def _read(path: Path) -> tuple[LoRA, list[str], dict[str, str]]:
     """The LoRA in a file, the keys of its tensors there, and its metadata if it is safetensors."""
     if not path.is_file():
         raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
@@ -251,7 +251,7 @@ def _parse(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def _peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
-    """The alpha of PEFT, which is not among its tensors: PEFT writes a file beside them, diffusers an entry in them."""
+    """PEFT's alpha, which is no tensor: PEFT writes it to a file beside them, diffusers into the metadata."""
     beside = path.with_name("adapter_config.json")
     is_peft = path.stem == "adapter_model" and beside.is_file()
     packed = beside.read_text(encoding="utf-8") if is_peft else metadata.get(_DIFFUSERS_SETTINGS, "{}")
@@ -266,7 +266,7 @@ def _peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
 
 
 def _tensors(lora: LoRA, to: str) -> dict[str, Tensor]:
-    """The tensors of a file in one of the `LAYOUTS`; only "comfy" has a place for an alpha."""
+    """The tensors of a file in one of the `LAYOUTS`. ValueError for a LoRA that the layout cannot hold."""
     if to not in LAYOUTS:
         raise ValueError(f"got the LoRA layout {to}, expected one of {', '.join(LAYOUTS)}")
     biases = {f"{layer}.bias" for layer in lora.pairs}

@@ -1,6 +1,6 @@
 """What the tensors of a Wan model are called in a -Diffusers folder.
 
-Everywhere else they have their original names, those of the published Wan2.1 files. Each table is of one part:
+In memory they have their original names, those of the published Wan2.1 files. There is a table for each part:
 
     rename("blocks.0.self_attn.q.weight", TRANSFORMER_NAMES)    # blocks.0.attn1.to_q.weight
 """
@@ -93,7 +93,7 @@ def vae_names(num_res_blocks: int) -> Table:
 
 
 def of_part(part: str, config: Any) -> Table:
-    """The table of a part of a model: of a transformer, the "vae" or the "text_encoder", which has this config."""
+    """The table for a part: a transformer, the "vae" or the "text_encoder"; config: of that part."""
     if part == "vae":
         return vae_names(config.num_res_blocks)
     return TEXT_NAMES if part == "text_encoder" else TRANSFORMER_NAMES

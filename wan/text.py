@@ -196,7 +196,7 @@ def embed(tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: list[str]) -> Ten
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizers.Tokenizer:
-    """A word a token, lower case, punctuation apart: for the closed vocabulary of a small model.
+    """One token a word, in lower case, punctuation apart: for the closed vocabulary of a small model.
 
     Ids 0, 1, 2 are `<pad>`, `</s>`, `<unk>`; words follow by frequency, then alphabet, so the order of the captions
     changes nothing. Words beyond `vocab_size` tokens become `<unk>`.
@@ -214,7 +214,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizer
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, text_len: int) -> dict[str, str]:
     """What to write into a folder, {file name: text}, for `Tokenizer`, transformers and diffusers to read it."""
     plain = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-    plain.no_padding()  # who reads the file sets these two by itself
+    plain.no_padding()  # every reader of the file sets these two itself
     plain.no_truncation()
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": text_len,

@@ -10,7 +10,7 @@ to it, as a tile does not see what lies around it. Parameter names are those of 
     video = vae.decode(latents, chunk=4)            # the same numbers, in less memory
     video = vae.decode(latents, chunk=1, tile=512)  # nearly the same, in the same memory whatever the frame
 
-Where neither is said, a video is taken whole as long as `MEMORY` suffices, then by chunks, then by tiles too.
+With neither, the whole video is taken at once if `MEMORY` suffices, else chunks, else chunks of tiles.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ WAN_LATENTS_STD = (
 )  # fmt: skip
 
 MEMORY = 12 * 2**30  # bytes that encoding or decoding may take beside weights and video, unless asked otherwise
-TILE = 512  # pixels a side, of frames that are too large for it
+TILE = 512  # pixels a side, for frames that are too large for `MEMORY`
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class WanVAE(nn.Module):
             raise ValueError(f"a video of {width}x{height} pixels cannot be encoded: both must be multiples of 8")
         if chunk is None and tile is None:
             chunk, tile = self.pieces(len(video), (N + 3) // 4, height, width)
-        size, (mean, std) = 4 * chunk if chunk else 3 + N, self._statistics()
+        size = 4 * chunk if chunk else 3 + N
+        mean, std = self._statistics()
 
         def run(part: Tensor) -> Tensor:
             part, past = part.to(mean.dtype), {} if chunk else None
@@ -248,13 +249,13 @@ class WanVAE(nn.Module):
         return 12 * self.config.dim * pixels * self.conv1.weight.dtype.itemsize
 
     def moments(self, video: Tensor, past: dict | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the posterior before normalisation, each (B, 16, F, H, W)."""
+        """A video (B, 3, N, 8H, 8W) → its posterior's mean and log-variance (B, 16, F, H, W), before normalisation."""
         p = self.config.patch_size
         folded = rearrange(video, "b c t (h p) (w q) -> b (c q p) t h w", p=p, q=p)
         return self.conv1(self.encoder(folded, past)).chunk(2, dim=1)
 
     def pixels(self, z: Tensor, past: dict | None = None) -> Tensor:
-        """The decoder alone, on latents before normalisation and without the clamp (what training needs)."""
+        """Latents (B, 16, F, H, W) before normalisation → (B, 3, N, 8H, 8W) without the clamp, as training needs it."""
         p = self.config.patch_size
         return rearrange(self.decoder(self.conv2(z), past), "b (c q p) t h w -> b c t (h p) (w q)", p=p, q=p)
 
@@ -264,28 +265,28 @@ class WanVAE(nn.Module):
         return tuple(rearrange(statistics, "two c -> two c 1 1 1"))
 
 
-def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, before: int, after: int) -> Tensor:
+def _tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, scale_in: int, scale_out: int) -> Tensor:
     """run(x) put together from parts of the frame, each at most `tile` pixels wide and high; None is the whole frame.
 
-    A latent is `before` elements of x wide, and `after` of run(x). Neighbours overlap by a quarter of a tile, and over
-    that width one fades into the other linearly.
+    A latent is `scale_in` elements of x wide, and `scale_out` of run(x). Neighbours overlap by a quarter of a tile, and
+    over that width one fades into the other linearly.
     """
     if tile is None:
         return run(x)
     if tile < 32:
         raise ValueError(f"got tiles of {tile} pixels, expected at least 32: a quarter of a tile is blended")
-    rows, columns = (_spans(length // before, tile // 8) for length in x.shape[-2:])
+    rows, columns = (_spans(length // scale_in, tile // 8) for length in x.shape[-2:])
     if len(rows) == len(columns) == 1:
         return run(x)
-    height, width = rows[-1][1] * after, columns[-1][1] * after
+    height, width = rows[-1][1] * scale_out, columns[-1][1] * scale_out
     total, weight = None, torch.zeros(height, width, device=x.device)
     for (top, bottom), (left, right) in product(rows, columns):
-        part = run(x[..., top * before : bottom * before, left * before : right * before])
+        part = run(x[..., top * scale_in : bottom * scale_in, left * scale_in : right * scale_in])
         if total is None:
             total = torch.zeros(*part.shape[:-2], height, width, device=x.device)
-        down, across = (_fade(length, tile // 32 * after).to(x.device) for length in part.shape[-2:])
+        down, across = (_fade(length, tile // 32 * scale_out).to(x.device) for length in part.shape[-2:])
         fade = down[:, None] * across
-        place = (..., slice(top * after, bottom * after), slice(left * after, right * after))
+        place = (..., slice(top * scale_out, bottom * scale_out), slice(left * scale_out, right * scale_out))
         total[place] += part * fade
         weight[place] += fade
     return total.div_(weight).to(part.dtype)
@@ -327,7 +328,7 @@ def _head(dim_in: int, dim_out: int) -> nn.Sequential:
 
 
 def _through(layers: Iterable[nn.Module], x: Tensor, past: dict | None) -> Tensor:
-    """x after all layers, of which those that look back in time are given the past."""
+    """Run x through the layers; those that look back in time get `past`."""
     for layer in layers:
         look_back = isinstance(layer, CausalConv3d | ResidualBlock | Downsample | Upsample)
         x = layer(x, past) if look_back else layer(x)
