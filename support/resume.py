@@ -110,7 +110,7 @@ class Run:
 
     def _restore(self) -> None:
         for name, content in self.inputs.items():
-            if self.state["inputs"][name] != content:
+            if self.state["inputs"].get(name) != content:
                 raise ValueError(
                     f"got --resume, but the {name} changed since the run began, and it must end as if it had never "
                     "stopped; put back what was there, or start anew with another --out"

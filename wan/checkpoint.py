@@ -140,8 +140,8 @@ def _shards(folder: Path, stem: str) -> list[str]:
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise ValueError(f"cannot read {index}: expected a weight_map, tensor to file; download or write it again")
         return sorted({home + name for name in where.values()})
-    if numbered := sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
-        count = int(numbered[0].stem.rsplit("-", 1)[1])
+    if numbered := sorted(folder.glob(f"{stem}-*-of-[0-9][0-9][0-9][0-9][0-9].safetensors")):
+        count = int(numbered[0].stem[-5:])
         return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     return [f"{stem}.safetensors"]
 
