@@ -34,23 +34,23 @@ def shifted(u: Tensor | float, shift: float) -> Tensor | float:
 
 
 def sample_tau(B: int, F: int, p_async: float = 1.0, shift: float = 1.0, generator: Generator | None = None) -> Tensor:
-    """PTSS, the paper's probabilistic timestep sampling: → tau (B,F) in [0,1), fp32, where the generator lives.
+    """PTSS, the paper's probabilistic timestep sampling: → tau (B,F) in [0,1), fp32, on the generator's device.
 
-    Each sample of the batch decides alone: with probability p_async every frame draws its own level, else one level
-    serves all. p_async = 1 is how Pusa is trained, 0 is ordinary text-to-video training. Draws are then `shifted`.
+    Each sample of the batch decides alone: with probability p_async each of its frames draws a level, else all share
+    one. p_async = 1 is how Pusa is trained, 0 is ordinary text-to-video training. Draws are then `shifted`.
     """
     if not 0 <= p_async <= 1:
         raise ValueError(f"got p_async {p_async}, expected a probability in [0, 1]")
     device = generator.device if generator else None
-    own, shared, coin = (torch.rand(B, n, generator=generator, device=device) for n in (F, 1, 1))
-    return shifted(torch.where(coin < p_async, own, shared), shift)
+    independent, shared, coin = (torch.rand(B, n, generator=generator, device=device) for n in (F, 1, 1))
+    return shifted(torch.where(coin < p_async, independent, shared), shift)
 
 
 def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: str = "none") -> Tensor:
     """Frame-aware flow matching: the mean squared error of a velocity against U = x1 - x0 → scalar, fp32.
 
     velocity (B,C,F,H,W), as predicted at `interpolate(x0, x1, tau)`; x0, x1 (B,C,F,H,W); tau (B,F).
-    weighting: "none" is the paper's loss; "bell" weights every frame by `bell` of its own τ.
+    weighting: "none" is the paper's loss; "bell" weights each frame by `bell` of its τ.
     """
     error = (velocity.float() - (x1.float() - x0.float())).square()
     if weighting == "bell":
@@ -63,7 +63,7 @@ def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: 
 def bell(tau: Tensor) -> Tensor:
     """The weight of a noise level: 0 at both ends, highest at 1/2, and 1 on average over τ in [0,1]; shaped like tau.
 
-    exp(-2 (τ - 1/2)²), less its least value, over the mean of that: the curve of DiffSynth's FlowMatchScheduler.
+    exp(-2 (τ - 1/2)²) minus its minimum, divided by its mean: the curve of DiffSynth's FlowMatchScheduler.
     """
     least = math.exp(-1 / 2)
     mean = math.sqrt(math.pi / 2) * math.erf(math.sqrt(1 / 2)) - least
@@ -78,22 +78,22 @@ def sigma_schedule(K: int, shift: float) -> Tensor:
 
 
 def denoise(velocity: Velocity, x0: Tensor, x1: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
-    """From conditions x0 and noise x1 (B,C,F,H,W) to data: start on every frame's path at taus[0], and walk by `euler`.
+    """Start on every frame's path at taus[0], between conditions x0 and noise x1 (B,C,F,H,W), and walk by `euler`.
 
-    A free frame starts as pure x1, as its τ is 1; a condition with m > 0 is mixed with the x1 of its own place.
+    A free frame has τ = 1 and starts as pure x1; a condition with m > 0 is mixed with the x1 of the same frame.
     """
     return euler(velocity, interpolate(x0, x1, taus[:1].to(x1.device)), taus, on_step)
 
 
 def euler(velocity: Velocity, z: Tensor, taus: Tensor, on_step: OnStep = None) -> Tensor:
-    """Walk from z (B,C,F,H,W), best in fp32, at the noise levels taus[0] to those at taus[-1], taus (K+1,F)."""
+    """Walk z (B,C,F,H,W), best in fp32, from the noise levels taus[0] to taus[-1], taus (K+1,F) → shaped like z."""
     if taus.dim() != 2 or taus.shape[1] != z.shape[2]:
         raise ValueError(f"got taus {tuple(taus.shape)} for {z.shape[2]} latent frames, expected (K+1, {z.shape[2]})")
     taus = taus.to(z.device)
     for k in range(len(taus) - 1):
         v = velocity(z, taus[k].expand(len(z), -1))
         delta = _per_frame(taus[k + 1 : k + 2] - taus[k : k + 1], z)
-        # A frame whose level stands still (a clean condition, a frame that waits or is done) keeps every bit: adding
+        # A frame whose level stands still (a clean condition, a frame that waits or is done) stays to the bit: adding
         # 0·v would turn -0.0 into 0.0 and let a NaN of the network through.
         z = torch.where(delta == 0, z, z + delta * v)
         if on_step is not None:

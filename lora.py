@@ -3,7 +3,7 @@
     W' = W + strength · (alpha / rank) · B·A          A (rank, in), B (out, rank); alpha absent: alpha = rank
 
 B starts at zero, so training starts from the base model itself. Ten layers of every block carry a pair (A, B).
-`python train.py --data clips/` trains one, and `python lora.py inspect FILE` shows what is in a file of any program.
+`python train.py --data clips/` trains one, and `python lora.py inspect FILE` shows what is in any program's LoRA file.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import expect
-from wan.lora_files import LoRA, Pair, load, main, parse_entry, save  # noqa: F401  handed on
+from wan.lora_files import LoRA, Pair, load, main, parse_entry, save  # noqa: F401  re-exported
 
 TARGETS = (*(f"{name}_attn.{layer}" for name in ("self", "cross") for layer in "qkvo"), "ffn.0", "ffn.2")
 
@@ -27,7 +27,7 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
-        super().__init__(linear.in_features, linear.out_features, device="meta")  # so that nothing is allocated
+        super().__init__(linear.in_features, linear.out_features, device="meta")  # allocates nothing
         self.weight, self.bias, self.alpha = linear.weight, linear.bias, alpha
         # Drawn on the CPU, so that a seed gives the same on any device: U(±1/√in), as in PEFT.
         A = torch.empty(rank, linear.in_features, device="meta" if linear.weight.is_meta else "cpu")
@@ -40,7 +40,7 @@ class LoRALinear(nn.Linear):
 
 
 def inject(model: nn.Module, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> list[Tensor]:
-    """Freeze `model`, give every target layer of its blocks a new pair, and return those: all that is trainable.
+    """Freeze `model`, give every target layer of its blocks a new pair, and return all A and B, which are trainable.
 
     `alpha` is `rank` unless given, as in the published training, so the pair acts at full strength.
     Raises ValueError for a bad rank, alpha or target, and for a model that already has pairs.

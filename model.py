@@ -1,7 +1,7 @@
 """Wan: the text-to-video diffusion transformer of Wan2.1, with a noise level for every latent frame.
 
 Latents are cut into patches; each block lets all tokens of the video attend to each other, then to the prompt, and
-then passes each through a feed-forward layer. `vta.py` tells each sub-layer the noise level of the frame it works on.
+then passes each through a feed-forward layer. The first, the last and the head know the τ of each frame (`vta.py`).
 The network predicts the velocity from data to noise, `x1 - x0`. Parameter names are those of the published checkpoints.
 
     velocity = Wan(config)(x, tau, context)
@@ -41,7 +41,7 @@ class WanConfig:
 
     @classmethod
     def from_json(cls, path: Path | str) -> "WanConfig":
-        """Read an original `config.json`; what it leaves out has the default."""
+        """Read a `config.json` of the original layout; fields that it lacks have their defaults."""
         known = {field.name for field in fields(cls)}
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items() if k in known})
@@ -95,7 +95,7 @@ class CrossAttention(SelfAttention):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, of which the first and the last know the noise levels."""
+    """Self-attention, cross-attention and feed-forward; the first and the last know the noise levels."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -155,7 +155,7 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        self.rope = lru_cache(maxsize=8)(rope_tables)  # this model's own tables, made once a grid
+        self.rope = lru_cache(maxsize=8)(rope_tables)  # one cache a model, one pair of tables a grid
 
     def init_weights(self) -> "Wan":
         """What training from scratch starts from: the output layer at zero, so the first guess is zero velocity."""
@@ -175,7 +175,7 @@ class Wan(nn.Module):
         return [block.cross_attn.keys(embedded) for block in self.blocks]
 
     def compile_blocks(self) -> None:
-        """Compile one block for all, which are alike. Gradient checkpointing, FSDP and offloading come after this."""
+        """Compile the blocks: once for all, as they are alike; before gradient checkpointing, FSDP and offloading."""
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 
@@ -213,7 +213,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def rope_tables(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles of each token in a grid (F, rows, columns): (F·S, head_dim/2), fp32.
 
-    One third of the pairs of channels (rounded down) turns with the row, one third with the column, the rest with F.
+    A third of the channel pairs (rounded down) turns with the row, a third with the column, the rest with the frame.
     """
     third = head_dim // 2 // 3
     pairs = (head_dim // 2 - 2 * third, third, third)

@@ -1,9 +1,9 @@
 """Sample: make a video by a task of `tasks.py`, on the embedded model or on any Wan text-to-video model.
 
 The task says which latent frames are given and how noisy they stay; the text encoder turns the prompt into embeddings;
-`flow.euler` walks the table of noise levels; the VAE turns latents into pixels. A video that is longer than the
+`flow.denoise` walks the table of noise levels; the VAE turns latents into pixels. A video that is longer than the
 model's is made window by window, each conditioned on the edge of the one before. The large parts are in memory one
-after another: the text encoder, the transformer, and where there are two experts, the second one.
+after another: the text encoder, the transformer and, in a model of two experts, the other transformer.
 
     python sample.py --task extend
     python sample.py --task i2v --image start.png --prompt "a red circle moving left" --seed 1
@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,8 +35,8 @@ from wan import checkpoint
 EXAMPLES = Path("clips")
 # What `--preset` puts in place of the model's own settings: LoRAs that distil many steps into few ask for these.
 DISTILLED = {"lightx2v": {"steps": 4, "shift": 5.0, "guidance": 1.0, "guidance_2": None, "strength": 1.0}}
-TURN = 8  # clips that one of two experts does before the other is loaded
-# What may differ when a folder of clips is gone on with: where and how they are computed. Captions tell the prompts.
+TURN = 8  # how many clips one of two experts works on before the other is loaded
+# What may change when --prompts goes on: where and how clips are computed. The prompts are compared with the captions.
 _MAY_CHANGE = {"out", "prompts", "device", "dtype", "offload", "compile", "preset", "no_lora"}
 _ABOVE_0 = (1e-9, 1e9, "a number above 0, such as 16")
 _GUIDANCE = (0, 1e9, "0 or more; 1 is without guidance")
@@ -69,7 +68,7 @@ class SampleConfig:
     steps: int | None = cli.option(None, "sampling steps K (default: the model's)", (1, 1e9, "at least 1"))
     guidance: float | None = cli.option(None, "guidance; 1 runs the model once a step (default: its own)", _GUIDANCE)
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
-    boundary: float | None = cli.option(None, "sigma under which that expert runs (default: 0.875)", _SIGMA)
+    boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SIGMA)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
     seed: int = cli.option(0, "seed of the noise")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
@@ -84,7 +83,7 @@ class SampleConfig:
 
 
 def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
-    """Open the model of a run and settle every setting: what comes out makes the same video from the same files."""
+    """Open the model of a run and settle every setting: the config returned repeats the video from the same files."""
     if config.from_json:
         config = records.repeated(config, "out", "overwrite", "dry_run")
     opened = checkpoint.open(config.model, Wan)
@@ -92,7 +91,7 @@ def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
 
 
 def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
-    """Put a value in place of everything that was left to the model, the clip or the machine."""
+    """Fill in what is left to the model, the clip or the machine. ValueError for settings that exclude each other."""
     alone = config.task == "t2v" and config.prompt is None and not config.overwrite and not config.plot
     if config.prompts is not None and not alone:
         raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected "
@@ -108,10 +107,10 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
         values |= {"boundary": None, "guidance_2": None}
     elif config.guidance is not None or preset.guidance_2 is None:  # --guidance alone is for both
         values["guidance_2"] = preset.guidance if config.guidance is None else config.guidance
-    loras, own, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
-    if loras is None:  # the model folder's own is for finished videos
-        bare = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not own.exists()
-        loras = () if bare else (own.as_posix(),)
+    loras, beside, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
+    if loras is None:  # the model folder's LoRA is for finished videos, not for clips to train on
+        bare = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not beside.exists()
+        loras = () if bare else (beside.as_posix(),)
     config = replace(
         config,
         **{name: value for name, value in values.items() if getattr(config, name) is None},
@@ -130,7 +129,7 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
 
 
 def _with_inputs(config: SampleConfig) -> SampleConfig:
-    """Images, videos, positions and prompt, where none are given those of the clips that come with the project."""
+    """Fill in images, videos, positions and prompt; where none are given, from the clips that come with the project."""
     needed, image, video, at = tasks.TASKS[config.task], config.image or (), config.video or (), config.at
     one, other = (str(EXAMPLES / name) for name in ("00000.mp4", "00001.mp4"))
     source = video[0] if video else one if config.task in ("t2v", "stream") else None
@@ -151,13 +150,13 @@ class Job:
 
     plans: list[tasks.Plan]
     taus: list[Tensor]
-    F: int  # latent frames of the whole video
+    F: int  # latent frames of the finished video
     carried: int  # latents that a window takes over from the one before
     backwards: bool  # windows go towards the past
 
 
 def lay_out(config: SampleConfig, longest: int) -> Job:
-    """The plan of every window, of at most `longest` pixel frames. Raises ValueError for what does not fit together."""
+    """Plan every window, of at most `longest` pixel frames. Raises ValueError for what does not fit together."""
     F = window = tasks.latent_frames(config.frames)
     if config.task in ("extend", "prepend", "stream"):
         window = min(F, tasks.latent_frames(longest))
@@ -167,9 +166,9 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
         config.task, window, len(config.image), len(config.video), _numbers("at", config.at, int) or (),
         _numbers("noise", config.noise, float), config.strength, stagger,
     )  # fmt: skip
-    # A window goes on from as many latents as the first was given, as noisy as those; `stream` may have had none.
-    given = [position for slot in first.given for position in slot.positions]
-    carried, noise = (len(given), first.m[given].tolist()) if given else (4, [0.0])
+    # A window goes on from as many latents as the first one has conditions, as noisy as those; `stream` may have none.
+    filled = [position for slot in first.given for position in slot.positions]
+    carried, noise = (len(filled), first.m[filled].tolist()) if filled else (4, [0.0])
     plans, backwards = [first], config.task == "prepend"
     if window < F:
         following = tasks.plan(config.task, window, videos=1, noise=noise, stagger=stagger)
@@ -177,7 +176,7 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
         if fresh < 1:
             raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
         plans += [following] * math.ceil((F - window) / fresh)
-    # A frame takes 1 - d_max of the run. What is above a whole number by rounding alone is not rounded up.
+    # A frame takes 1 - d_max of the run, so delays add steps. 1e-6: floating-point error must not add one more.
     steps = [math.ceil(config.steps / (1 - plan.d.max().item()) - 1e-6) for plan in plans]
     taus = [tasks.tau_schedule(plan.m, K, config.shift, plan.d) for plan, K in zip(plans, steps, strict=True)]
     return Job(plans, taus, F, carried, backwards)
@@ -191,7 +190,7 @@ def _numbers(flag: str, text: str | None, kind: type) -> list | None:
 
 
 def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
-    """The pixels (1, 3, n, 8H, 8W) of each slot of the plan, and no more of a video than that."""
+    """The pixels (1, 3, n, 8H, 8W) in [-1, 1] of each slot of the plan; no more of a video is read."""
     size, inputs = cli.parse_size(config.size), []
     for slot in plan.given:
         if slot.source == "image":
@@ -204,7 +203,7 @@ def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
 
 
 def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
-    """Which expert ("high", also the only one, or "low") walks which part of a table (K+1, F), and its guidance.
+    """The expert ("high" or "low"; an only one is "high"), its guidance, and the part of a table (K+1, F) it walks.
 
     The high-noise expert takes the steps at which any frame is at the boundary or above: all frames change over
     together, conditions included.
@@ -215,7 +214,7 @@ def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
 
 
 class Experts:
-    """What a run has in memory: the VAE, embeddings of its prompts, and one at a time, its transformers."""
+    """What a run has in memory: the VAE, embeddings of its prompts, and one transformer at a time."""
 
     def __init__(self, config: SampleConfig, opened: checkpoint.Opened, prompts: Sequence[str]):
         self.config, self.opened, self.prompts, self.dtype = config, opened, prompts, getattr(torch, config.dtype)
@@ -226,11 +225,11 @@ class Experts:
         self.clear()
 
     def clear(self) -> None:
-        """Let the transformer go, and the guided velocity, which has the keys and values of a prompt."""
+        """Let go of the transformer, and of the guided velocity, which holds the keys and values of a prompt."""
         self.name = self.transformer = self.prompt = self.velocity = None
 
     def load(self, name: str) -> Wan:
-        """The "high" or "low" transformer with its LoRAs merged; the earlier one is let go before it is loaded."""
+        """The "high" or "low" transformer with its LoRAs merged; the other one is let go of first."""
         if name != self.name:
             self.clear()
             loras = map(lora.parse_entry, self.config.lora)
@@ -246,6 +245,7 @@ class Experts:
         return self.transformer
 
     def _guided(self, prompt: str, expert: str, guidance: float) -> flow.Velocity:
+        """The guided velocity of an expert, made once for as long as prompt and expert stay."""
         transformer = self.load(expert)
         if self.velocity is None or self.prompt != prompt:
             self.velocity = None
@@ -258,11 +258,11 @@ class Experts:
         z = [None] * len(prompts)
         for expert, guidance, part in legs(self.config, taus):
             for i, prompt in enumerate(prompts):
-                guided = partial(self._guided, prompt, expert, guidance)  # not called yet: one transformer at a time
+                # A velocity with a name here would keep its transformer in memory while the next one is loaded.
                 if z[i] is None:
-                    z[i] = flow.denoise(guided(), x0[i : i + 1], x1[i : i + 1], part, on_step)
+                    z[i] = flow.denoise(self._guided(prompt, expert, guidance), x0[i, None], x1[i, None], part, on_step)
                 else:
-                    z[i] = flow.euler(guided(), z[i], part, on_step)
+                    z[i] = flow.euler(self._guided(prompt, expert, guidance), z[i], part, on_step)
         return torch.cat(z)
 
 
@@ -270,9 +270,9 @@ class Experts:
 def generate(
     experts: Experts, job: Job, inputs: Sequence[Tensor], seeds: Sequence[int], on_step: flow.OnStep = None
 ) -> Iterator[Tensor]:
-    """The latents (1, 16, F, H, W), fp32, of one clip after another, for each prompt of the experts and its seed.
+    """Yield the latents (1, 16, F, H, W), fp32, of a clip for each prompt of the experts and its seed, in order.
 
-    Two experts take turns at groups of clips. `on_step(k, z)` is called after each step of every clip and expert.
+    inputs: as from `read_inputs`. on_step(k, z) is called after every step. Two experts take turns at groups of clips.
     """
     config, vae, (width, height) = experts.config, experts.vae, cli.parse_size(experts.config.size)
     shape = (1, experts.opened.config.in_dim, len(job.plans[0].m), height // 8, width // 8)
@@ -288,7 +288,7 @@ def generate(
 
 
 def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The latents of everything that is given, at their places in zeros shaped `like` (B, 16, F, H, W).
+    """The latents of all conditions at their places and zeros elsewhere, in the shape of `like` (B, 16, F, H, W).
 
     inputs: the pixels (B, 3, n, 8H, 8W) of each slot, which `tasks.cut` cut, so nothing that the task hides leaks in.
     """
@@ -301,8 +301,8 @@ def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like:
 def guided_velocity(transformer: Wan, positive: Tensor, negative: Tensor, guidance: float) -> flow.Velocity:
     """velocity(z, tau) for B prompts, led away from the negative ones: v = v_neg + guidance · (v_pos - v_neg).
 
-    positive, negative: the prompts' embeddings, (B, T, text_dim), whose keys and values are computed here and once.
-    Guidance 1 runs the model once a step.
+    positive, negative: the prompts' embeddings, (B, T, text_dim), whose keys and values are computed here, once for all
+    steps. Guidance 1 runs the model once a step, else twice.
     """
     keys = transformer.prompt_keys(positive)
     if guidance == 1:
@@ -317,14 +317,14 @@ def guided_velocity(transformer: Wan, positive: Tensor, negative: Tensor, guidan
 
 
 def carried_over(vae: nn.Module, made: Tensor, job: Job, like: Tensor) -> Tensor:
-    """The edge of the latents made so far, at the places where a next window shaped `like` (B, 16, F, H, W) has it.
+    """The edge of the latents made so far, at its places in the next window, which is shaped `like` (B, 16, F, H, W).
 
     Training knows only clips that begin with a lone frame and have no past, unlike the middle of a video. So the older
     half is decoded and encoded again as the start of a clip. The newer half hardly depends on that and stays: if all
     went through pixels, colours would drift from window to window.
     """
     x0 = torch.zeros_like(like)
-    if job.backwards:  # at the end of a window there is no such difference; only the lone frame has no place there
+    if job.backwards:  # latents at a window's end always have a past; only the lone frame cannot stand there
         x0[:, :, -job.carried :] = made[:, :, 1 : 1 + job.carried]
         return x0
     W, newer = like.shape[2], job.carried // 2
@@ -335,7 +335,7 @@ def carried_over(vae: nn.Module, made: Tensor, job: Job, like: Tensor) -> Tensor
 
 
 def joined(made: Tensor, z: Tensor, job: Job) -> Tensor:
-    """The latents made so far and those of a new window z, without what it took over and what is more than F."""
+    """The latents made so far with those of a new window z, but for the ones that z took over; cut to F."""
     if not job.backwards:
         return torch.cat([made, z[:, :, job.carried :]], dim=2)[:, :, : job.F]
     later = torch.cat([z[:, :, 1 : -job.carried], made[:, :, 1:]], dim=2)[:, :, 1 - job.F :]
@@ -344,12 +344,12 @@ def joined(made: Tensor, z: Tensor, job: Job) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Pixels (3, N, 8H, 8W) on the CPU of one video's latents (1, 16, F, H, W)."""
+    """The video (3, N, 8H, 8W) in [-1, 1], fp32 on the CPU, of latents (1, 16, F, H, W)."""
     return vae.decode(latents)[0].float().cpu()
 
 
 def sample(config: SampleConfig) -> dict[str, Path]:
-    """Run a config from files to files, and return their paths."""
+    """Run a config from files to files, and return the paths of those written; a dry run writes none."""
     config, opened = prepare(config)
     job = lay_out(config, opened.preset.frames)
     if config.dry_run:
@@ -396,11 +396,11 @@ def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> d
     progress = cli.Progress(len(prompts) * steps, "denoising", done * steps)
     if missing:
         experts = Experts(config, opened, [prompts[n] for n in missing])
-        seeds = [config.seed * 1_000_003 + n for n in missing]  # with its own, --prompt makes one of these clips alone
+        seeds = [config.seed * 1_000_003 + n for n in missing]  # as --seed, with --prompt, each makes its clip alone
         made = generate(experts, job, (), seeds, lambda k, z: progress.step())
         try:
             for n, latents in zip(missing, made, strict=True):
-                records.write(out / "settings.json", config)  # only now, as a run that fails before shall leave nothing
+                records.write(out / "settings.json", config)  # only now: a run that fails earlier must leave nothing
                 dataset.write_clip(out, n, decode(experts.vae, latents), config.fps, prompts[n])
                 done += 1
         except KeyboardInterrupt:
@@ -417,7 +417,7 @@ def given_frames(job: Job) -> list[bool]:
 
 
 def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
-    """Memory and time that a run would take."""
+    """The memory and time that a run would take, in words."""
     width, height = cli.parse_size(config.size)
     walks = [leg for taus in job.taus for leg in legs(config, taus)]
     passes = sum((len(part) - 1) * (1 if guidance == 1 else 2) for _, guidance, part in walks)

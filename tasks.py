@@ -1,7 +1,7 @@
 """Every task is one line: what is put at the start of the video, what at its end, and how noisy it stays there.
 
 The multiplier m_i of a latent frame says how much of the schedule it goes through: 1 is free, made from pure noise; 0
-is a clean condition; in between, a condition may still change a little. The delay d_i lets a frame begin later. Both
+is a clean condition; a condition in between may still change a little. The delay d_i lets a frame begin later. Both
 become the table of noise levels that `flow.euler` walks, steps down and frames across (σ is the shifted schedule):
 
     τ[k, i] = m_i · σ(clamp((k/K - d_i) / (1 - d_max), 0, 1))
@@ -25,7 +25,7 @@ class Task(NamedTuple):
     given: str
     start: tuple[str, int] | None = None  # ("image", which), or ("head", which) or ("tail", which) of the videos
     end: tuple[str, int] | None = None
-    latents: tuple[int, int] = (0, 0)  # how many latent frames they fill; of more or fewer, each has the same share
+    latents: tuple[int, int] = (0, 0)  # latent frames at start and end; more or fewer noise values split in this ratio
     noise: tuple[float, ...] = ()  # m of the conditions, one for all or one each; the defaults are right for Wan
     images: int | None = 0  # how many are needed; None: any number
     videos: int = 0
@@ -53,12 +53,12 @@ class Slot(NamedTuple):
     index: int  # which of the images, or which of the videos
     positions: tuple[int, ...]  # the latent frames that it fills
     frames: int  # how many pixel frames are encoded
-    drop: int  # how many latents are dropped from the front: 1 past the start, where an encoding needs one before it
+    drop: int  # how many latents are dropped from the front: 0 at the video's start, 1 further on (see `cut`)
 
 
 class Plan(NamedTuple):
     m: Tensor  # (F,) multipliers in [0, 1]
-    d: Tensor  # (F,) delays in [0, 1), in shares of the run
+    d: Tensor  # (F,) delays in [0, 1), as fractions of the run
     given: list[Slot]
 
 
@@ -68,11 +68,11 @@ def plan(
     images: int | None = None,  # how many there are; None: as many as the task needs
     videos: int | None = None,  # `stream` may go on from one
     at: Sequence[int] = (),  # `keyframes`: the latent frame of each image
-    noise: Sequence[float] | None = None,  # m of the conditions, one for all, or one each: as many as clips then fill
+    noise: Sequence[float] | None = None,  # m of the conditions: one for all or one each; clips fill as many latents
     strength: float = 0.7,  # `restyle`: m of every frame
     stagger: float = 0.5,  # `stream`: how far the last frame lags behind the first, 0 (all at once) to 1 (one by one)
 ) -> Plan:
-    """A task laid out on F latent frames. What the user asks for and cannot have is a ValueError."""
+    """A task laid out on F latent frames. ValueError for what the user cannot ask of it."""
     expect(name in TASKS, f"task {name!r}", f"one of {', '.join(TASKS)}")
     task = TASKS[name]
     for what, number, needed in (("images", images, task.images), ("videos", videos, task.videos)):
@@ -91,27 +91,27 @@ def plan(
     start = count * task.latents[0] // max(1, sum(task.latents))
     runs = [(("image", i), range(position, position + 1)) for i, position in enumerate(at)]
     runs += [(task.start, range(start)), (task.end, range(F - count + start, F))]
-    given = [position for _, positions in runs for position in positions]
-    more = f"more than its {len(given)} conditions fill: ask for at least --frames {pixel_frames(len(given) + 1)}"
-    expect(len(given) < F or name == "restyle", f"{F} latent frames for {name}", more)
-    for position in given:
+    filled = [position for _, positions in runs for position in positions]
+    more = f"more than its {len(filled)} conditions fill: ask for at least --frames {pixel_frames(len(filled) + 1)}"
+    expect(len(filled) < F or name == "restyle", f"{F} latent frames for {name}", more)
+    for position in filled:
         expect(0 <= position < F, f"position {position}", f"0 to {F - 1}: pixel frame n is in latent (n + 3) // 4")
-    expect(len(set(given)) == len(given), f"positions {given}", "each only once: leave out what is there twice")
+    expect(len(set(filled)) == len(filled), f"positions {filled}", "each only once: leave out what is there twice")
     slots = [Slot(*which, tuple(p), pixel_frames(len(p) + (p[0] > 0)), int(p[0] > 0)) for which, p in runs if p]
 
     m, d = torch.ones(F), torch.zeros(F)
-    expect(len(noise) in (1, len(given)), f"{len(noise)} noise values for {len(given)} condition latents", "1 or all")
-    m[given] = torch.tensor(noise, dtype=m.dtype)
+    expect(len(noise) in (1, len(filled)), f"{len(noise)} noise values for {len(filled)} condition latents", "1 or all")
+    m[filled] = torch.tensor(noise, dtype=m.dtype)
     if name == "stream":
-        d[len(given) :] = stagger * torch.arange(F - len(given)) / (F - len(given))
+        d[len(filled) :] = stagger * torch.arange(F - len(filled)) / (F - len(filled))
     return Plan(m, d, slots)
 
 
 def tau_schedule(m: Tensor | Sequence, K: int, shift: float, d: Tensor | Sequence | None = None) -> Tensor:
     """The noise level of every frame before each of K steps, and after the last: → τ (K+1,F), fp32.
 
-    m and d (F,) are those of a `Plan`, shift the σ schedule's. Frame i waits at m_i, then takes 1 - d_max of the run:
-    the last one to begin ends with the run. Without delays τ is σ[:, None] · m.
+    m and d (F,) are those of a `Plan`, shift the σ schedule's. Frame i waits at m_i for d_i of the run, then takes
+    1 - d_max of it, so the last one to begin ends with the run. Without delays τ is σ[:, None] · m.
     """
     m = torch.as_tensor(m, dtype=torch.float64)
     d = torch.zeros_like(m) if d is None else torch.as_tensor(d, dtype=torch.float64)
@@ -159,9 +159,9 @@ def main() -> None:
     config = parse(Config, __doc__)
     F = latent_frames(config.frames)
     for name, task in TASKS.items():
-        m, d, given = plan(name, F, at=(0, F // 2, F - 1) if name == "keyframes" else ())
+        m, d, slots = plan(name, F, at=(0, F // 2, F - 1) if name == "keyframes" else ())
         taus = tau_schedule(m, config.steps, config.shift, d)
-        marks = [(slot.source, slot.positions) for slot in given]
+        marks = [(slot.source, slot.positions) for slot in slots]
         with replacing(f"{config.out}/{name}.png") as path:
             plots.tau_table(path, taus, marks, f"{name}: {task.given}")
         print(f"{name}: {task.given}\n\n{plots.table(taus)}\n")

@@ -6,14 +6,14 @@ velocity towards the true one (FAFM); see `flow.py`. Latents and prompt embeddin
     python train.py --data clips/                                    a Pusa LoRA on the embedded model, in minutes
     python train.py --data clips/ --full --from-scratch --p-async 0  text-to-video pretraining
     python train.py --data clips/ --rank 512 --dry-run               what a run would see and need
-    torchrun --nproc-per-node 8 train.py --data clips/               on eight GPUs, see `distributed.py`
+    torchrun --nproc-per-node 8 train.py --data clips/               on eight GPUs, see `support/distributed.py`
 
 A step depends on the seed and its own number alone, so a run that was stopped, or killed at any moment, goes on with
 `--resume` as if it had not been: on a CPU, with the same number of threads, its LoRA is the same to the byte.
-Everything is written to `runs/NAME/`; `python -m support.report` makes a page of it.
+Everything is written to the folder `--out`; `python -m support.report` makes a page of it.
 
-An expert of Wan2.2 (`--expert`) draws τ over all of [0, 1], not on its side of the boundary alone: its conditions are
-often clean when it samples (m·σ = 0), so it must have seen clean frames.
+An expert of Wan2.2 (`--expert`) is trained on τ over all of [0, 1], not on its side of the boundary alone: when it
+samples, its conditions are often clean (m·σ = 0), so it must have seen clean frames.
 """
 
 import math
@@ -83,8 +83,8 @@ class TrainConfig:
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
 
 
-# Flags that may differ when a run goes on: they say where and how it is computed, not what. The data may have moved,
-# as their content tells that they are the same. --steps may be raised too: the learning rate then comes down later.
+# Flags that may change when a run goes on: they say where and how it is computed, not what. The data may have moved,
+# as their content is compared, not their path. --steps may be raised too: the learning rate then comes down later.
 _MAY_CHANGE = {
     "data", "out", "cache", "strict", "accumulate", "gradient_checkpointing", "save_every", "keep", "val_every",
     "sample_every", "resume", "dry_run", "gpus", "compile", "device",
@@ -98,7 +98,7 @@ class Batch(NamedTuple):
     x1: Tensor  # (b, C, F, H, W)
     tau: Tensor  # (b, F)
     prompts: list[str]
-    share: float  # of the windows of the whole batch
+    share: float  # b as a fraction of the windows of the step's batch
 
 
 def train(config: TrainConfig) -> Path:
@@ -120,9 +120,9 @@ def train(config: TrainConfig) -> Path:
             for part in distributed.my_share(parts):
                 batch = draw(clips, config, step, part)
                 with _autocast(device, dtype):
-                    share = step_loss(transformer, batch, clips.context, config.weighting, device)
-                (share * distributed.size()).backward()  # gradients become the mean over the processes
-                loss += share.item()
+                    part_loss = step_loss(transformer, batch, clips.context, config.weighting, device)
+                (part_loss * distributed.size()).backward()  # as gradients become the mean over the processes
+                loss += part_loss.item()
             loss = distributed.all_reduce(loss, device)
             if not math.isfinite(loss):
                 raise ValueError(f"the loss is {loss} at step {step}; start again with a lower --lr and another --out")
@@ -152,15 +152,15 @@ def train(config: TrainConfig) -> Path:
 
 
 def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict, dict[str, str | None]]:
-    """The data, the models with what is trained, on their device, and fingerprints of what the run is made from."""
+    """The data, the models on their device and ready to train, and fingerprints of what the run is made from."""
     encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
     clips = prepare(opened, config, encoder)
     first, alone, dtype = distributed.rank() == 0, distributed.size() == 1, getattr(torch, config.dtype)
-    if first:  # frozen weights need not be finer than they compute
+    if first:  # frozen weights need no more precision than they compute in
         stored = torch.float32 if config.full else dtype
         device = config.device if alone and not config.from_scratch else "cpu"
         transformer = opened.transformer(stored, device, config.expert or "high")
-    else:  # it gets its shards from the first process
+    else:  # `shard` fills it with weights of the first process
         transformer = opened.outline()[0]
     models = nn.ModuleDict({"transformer": transformer} | ({"text_encoder": encoder} if encoder else {}))
     torch.manual_seed(config.seed)
@@ -169,7 +169,7 @@ def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict,
     inputs = {"clips": clips.digest, "base model": resume.fingerprint(transformer) if first else None}
     trainable(transformer, config)
     if config.compile:
-        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape of latents is compiled apart
+        torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape of latents is compiled separately
         transformer.compile_blocks()
     if config.gradient_checkpointing:
         recompute_blocks(transformer)
@@ -179,7 +179,7 @@ def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict,
 
 
 def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
-    """Encode clips and captions, or find what an earlier run encoded; encoder: of text, if it is trained too."""
+    """Encode clips and captions, or find what an earlier run encoded; encoder: the text encoder if it is trained."""
     vae, dtype = opened.vae(device=config.device), getattr(torch, config.dtype)
 
     def encode(window: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch
 
 
 def step_loss(network: nn.Module, batch: Batch, context: dataset.Context, weighting: str, device: str) -> Tensor:
-    """The FAFM loss of one part of a step's batch, times its share: these add up to the loss of the batch."""
+    """The FAFM loss (scalar) of one part of a step's batch, times its share: the parts' add up to the batch's."""
     x0, x1, tau = (tensor.to(device) for tensor in (batch.x0, batch.x1, batch.tau))
     velocity = network(flow.interpolate(x0, x1, tau), tau, context(batch.prompts))
     return flow.fafm_loss(velocity, x0, x1, tau, weighting) * batch.share
@@ -225,8 +225,8 @@ def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype
     """Losses on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
 
     One loss for each kind of τ: the same for all frames (`sync`), one each (`async`), the first frame clean and one for
-    the others (`clean`). `copy` is the error of the frame after a clean one, all others being pure noise, as predicted
-    in a single step: 0 if it is right to the bit, about 1, the variance of the latents, if the prompt alone is used.
+    the others (`clean`). `copy` is the error of the frame next to a clean one, predicted in one step with all others
+    pure noise: 0 if it is right to the bit; about 1, the variance of the latents, if only the prompt is used.
     """
     shown = clips.validation[:16]
     V, F = len(shown), clips.latents[shown[0]].shape[1]
@@ -254,20 +254,20 @@ def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype
 
 
 def rate(step: int, steps: int) -> float:
-    """The share of the peak learning rate: a linear warm-up, then half a cosine down to 0."""
+    """The fraction of the peak learning rate at a step: a linear warm-up, then half a cosine down to 0."""
     warm = min(100, steps // 10 + 1)
     return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def trainable(transformer: Wan, config: TrainConfig) -> list[nn.Parameter]:
-    """Make ready, and return, what a run trains of the transformer: all of it, or the pairs of a new LoRA."""
+    """Give the transformer a new LoRA and freeze the rest, or with --full unfreeze it all; returns what is trained."""
     if not config.full:
         return lora.inject(transformer, config.rank, config.alpha)
     return list(transformer.requires_grad_(True).parameters())
 
 
 def recompute_blocks(transformer: Wan) -> None:
-    """Gradient checkpointing: keep only what goes into each block, and compute the block again when going back."""
+    """Gradient checkpointing: store only the input of each block, and compute the block again in the backward pass."""
     for block in transformer.blocks:
         block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -275,7 +275,7 @@ def recompute_blocks(transformer: Wan) -> None:
 def shard(models: nn.ModuleDict, device: str) -> None:
     """Give each process a shard of every parameter; those of a block are gathered when it computes."""
     units = []
-    for block in models["transformer"].blocks:  # the prompt's keys and values are computed before the rest of it
+    for block in models["transformer"].blocks:  # the prompt's keys and values are computed outside its forward
         units += [[block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k], block]
     for name, model in models.items():
         distributed.shard(model, units if name == "transformer" else [], device)
@@ -294,7 +294,7 @@ def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.
 
 
 def outline(opened: Opened, config: TrainConfig) -> nn.ModuleDict:
-    """The models without memory, the transformer made ready for training."""
+    """The models on "meta", without memory, the transformer made ready for training."""
     transformer, _, encoder = opened.outline()
     trainable(transformer, config)
     if config.gradient_checkpointing:
@@ -303,7 +303,7 @@ def outline(opened: Opened, config: TrainConfig) -> nn.ModuleDict:
 
 
 def rehearse(config: TrainConfig) -> None:
-    """Print what a run would see and need, without its weights: clips, buckets, parameters, memory."""
+    """Print what a run would see and need, without loading weights: clips, buckets, parameters, memory."""
     opened = checkpoint.open(config.model, Wan)
     config = checked(config, opened)
     cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
@@ -320,7 +320,7 @@ def rehearse(config: TrainConfig) -> None:
 
 
 def write(path: Path, opened: Opened, models: nn.ModuleDict, config: TrainConfig, digest: str, step: int) -> None:
-    """Write what is trained, as it is after a step: a LoRA, or the opened model with it; digest: of the dataset."""
+    """Write what is trained, after `step` steps: a LoRA, or the opened model with it; digest: of the dataset."""
     models = resume.full_models(models, outline(opened, config))
     if distributed.rank() > 0:
         return
@@ -338,13 +338,13 @@ def filmstrip(
 ) -> tuple[list[tuple[str, Tensor]], list[list[bool]]]:
     """Two validation clips beside what the network makes of their first latent, and of their prompt alone.
 
-    The expert that is trained walks its own steps: "high" then goes to the end at once, "low" begins from the clip,
-    noised to where its steps begin. Gives rows of (title, video (3, N, 8H, 8W)), and which of their frames were given.
+    An expert walks only its side of the boundary: "high" then goes to the end in one step, "low" begins from the clip,
+    noised to where its steps begin. Returns rows of (title, video (3, N, 8H, 8W)), and which frames of each were given.
     """
     vae, preset = opened.vae(device=config.device), opened.preset
     sigma = flow.sigma_schedule(preset.steps, preset.shift)
-    own = sigma >= 0 if config.expert is None else (sigma >= config.boundary) == (config.expert == "high")
-    own[-1] = True
+    walked = sigma >= 0 if config.expert is None else (sigma >= config.boundary) == (config.expert == "high")
+    walked[-1] = True
     rows, marks = [], []
     for index in clips.validation[:2]:
         x0 = clips.latents[index][None].to(config.device)
@@ -353,7 +353,7 @@ def filmstrip(
         velocity = partial(transformer, context=clips.context([clips.prompts[index]]))
         titles = (f"clip: {clips.prompts[index]}", "from its first frame", "from its prompt")
         for title, m in zip(titles, ([0.0] * F, [0.0] + [1.0] * (F - 1), [1.0] * F), strict=True):
-            taus = tasks.tau_schedule(m, preset.steps, preset.shift)[own]
+            taus = tasks.tau_schedule(m, preset.steps, preset.shift)[walked]
             latents = flow.denoise(velocity, x0, x1, taus) if any(m) else x0
             rows.append((title, vae.decode(latents)[0].float().cpu()))
             marks.append([m[tasks.latent_index(n, N)] == 0 for n in range(N)])
@@ -361,12 +361,12 @@ def filmstrip(
 
 
 def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
-    """Compute in `dtype` what bears it; the weights stay as they are."""
+    """Compute in `dtype` where autocast deems it safe; the weights stay as they are."""
     return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
-    """The config with the model's own values where it has none. Raises ValueError for what no run can be."""
+    """The config, filled in with the model's values. Raises ValueError for flags that exclude each other."""
     processes, expert = distributed.size(), config.expert
     many = f" on {processes} processes" if processes > 1 else ""
     parts = f"--accumulate {config.accumulate}{many or f' on {config.gpus} GPUs' * (config.gpus > 1)}"

@@ -3,9 +3,9 @@
 A text-to-video transformer embeds one timestep t for a whole video and modulates every token of it alike. Here τ has
 one level for each latent frame: the same embedding is computed F times, and the shift, scale and gate that come of it
 are applied frame by frame. They stay `(B, F, 1, D)` and are broadcast over the S tokens of `(B, F, S, D)`; copied to
-tokens they would take 2 GB at 14B, 480p, 81 frames. With τ equal on all frames this is the base model, to the bit.
-
-Timesteps and modulation are fp32 whatever the network computes in: bf16 would keep 294 of 1000 timesteps apart.
+tokens, a block's six would take 4 GB at 14B, 480p, 81 frames. With τ equal on all frames this is the base model, to
+the bit. Timesteps and modulation are fp32 whatever the network computes in: bf16 would tell apart only 294 of the 1000
+timesteps of a schedule with shift 5.
 From "PUSA V1.0", arXiv 2507.16116, section 4.2.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def frame_levels(tau: Tensor, B: int, F: int) -> Tensor:
-    """τ of every frame, (B, F) in fp32, from a vector (B, F) or from the scalar t of each sample, (B,)."""
+    """τ of every frame, (B, F) in fp32, from τ (B, F) or one level a sample (B,). ValueError for another shape."""
     if tau.shape not in ((B,), (B, F)):
         raise ValueError(f"got tau of shape {tuple(tau.shape)}, expected ({B},) or ({B}, {F}): one a sample or a frame")
     tau = tau.float()
@@ -24,7 +24,7 @@ def frame_levels(tau: Tensor, B: int, F: int) -> Tensor:
 def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
     """Sinusoids of the timestep 1000 τ: τ (B, F) → (B, F, dim), cosines first, fp32.
 
-    Timesteps are not rounded. Angles are in double precision, as published, but on Apple's GPUs, which have none.
+    Timesteps are not rounded. Angles are in double precision, as published, except on Apple's GPUs, which lack it.
     """
     half = dim // 2
     precise = torch.float32 if tau.device.type == "mps" else torch.float64

@@ -4,7 +4,7 @@ What a stage takes does not depend on the values of the weights, so this can be 
 
     python benchmarks/full_size.py --folder /tmp/wan-1.3B     writes 15 GB there once, then samples two steps
 
-Memory is the peak of the process as Linux counts it, started anew before each stage; elsewhere it is not shown.
+Memory is the process's peak, which Linux counts and which is reset before each stage; elsewhere it is not shown.
 """
 
 import json
@@ -81,7 +81,7 @@ def write_model(folder: Path) -> None:
 
 
 def measured(label: str, stage: Callable, rows: list[str]) -> Callable:
-    """The same function, which adds a row with its time and the peak memory meanwhile to `rows` when it is called."""
+    """The same function, each call of which adds a row to `rows`: label, time and peak memory."""
 
     def call(*arguments: object, **named: object) -> object:
         _reset_peak()

@@ -67,12 +67,12 @@ def grow(config: TinyConfig) -> None:
         shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
     )  # fmt: skip
     train_or_resume(pretraining, base / "model_index.json")  # which is written last
-    if not pusa.exists():  # what is in `out` may be of an earlier growth
+    if not pusa.exists():  # so what is in `out` may come from an earlier growth
         grown = checkpoint.open(base, Wan)
         parts = grown.transformer(), grown.vae(), grown.text_encoder(), grown.tokenizer()
-        half = {"transformer": torch.bfloat16, "vae": torch.bfloat16, "text_encoder": torch.float32}
+        dtypes = {"transformer": torch.bfloat16, "vae": torch.bfloat16, "text_encoder": torch.float32}
         checkpoint.save_preset(out, PRESET)
-        checkpoint.save_pipeline(out, *parts, PRESET.shift, half)
+        checkpoint.save_pipeline(out, *parts, PRESET.shift, dtypes)
     finetuning = TrainConfig(
         data=str(clips), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
         compile=config.compile,
@@ -91,9 +91,9 @@ def train_or_resume(config: TrainConfig, result: Path) -> None:
 
 @torch.no_grad()
 def measure_latents(vae: WanVAE, count: int = 256) -> None:
-    """Put mean and standard deviation of each latent channel into the VAE's config, of latents drawn with their noise:
-    without it, a channel that the VAE does not use would be blown up to the size of the others.
-    """
+    """Put the mean and standard deviation of each latent channel into the VAE's config."""
+    # The latents are those with the VAE's noise: without it, a channel that the VAE does not use would be scaled up to
+    # the size of the others.
     moments = [vae.moments(world.render(scene)[None]) for scene in world.scenes(count, seed=2)]
     means, log_variances = (torch.cat(part) for part in zip(*moments, strict=True))
     mean, std = means.mean((0, 2, 3, 4)), (means.var((0, 2, 3, 4)) + log_variances.exp().mean((0, 2, 3, 4))).sqrt()
@@ -120,7 +120,7 @@ def train_vae(state: Path, steps: int, batch: int, lr: float, compile: bool) -> 
     progress = cli.Progress(steps, "vae", first)
     for step in range(first, steps):
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        # Twice as many clips of half the length teach more for the same work; only the end needs the whole length.
+        # Twice as many clips of half the length teach more for the same work; only the end needs the full length.
         half = step < 0.7 * steps
         start, frames = (16 * (step % 2), 17) if half else (0, world.FRAMES)
         scenes = world.scenes(2 * batch if half else batch, seed=step)
@@ -139,7 +139,7 @@ def train_vae(state: Path, steps: int, batch: int, lr: float, compile: bool) -> 
 
 
 def vae_losses(vae: WanVAE, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared and absolute error of clips (B, 3, N, 64, 64) made from latents with `noise` like them, and the KL."""
+    """Mean squared and absolute error of clips (B, 3, N, 64, 64) made again from noised latents, and the mean KL."""
     with torch.autocast(video.device.type, torch.bfloat16):
         mean, log_variance = vae.moments(video)
         mean, log_variance = mean.float(), log_variance.float().clamp(-30, 20)

@@ -20,7 +20,7 @@ from toy import world
 
 
 def base_and_pusa(model: str, scenes: list[world.Scene]) -> tuple[sample.Experts, sample.Experts]:
-    """A model that knows the captions of these scenes, sampled as its preset says: without its LoRA, and with it."""
+    """A model with the captions of these scenes encoded, sampled as its preset says: without and with its LoRA."""
     config, opened = sample.prepare(sample.SampleConfig("t2v", model, no_lora=True, prompt="", device="cpu"))
     prompts = [scene.caption for scene in scenes]
     adapted = replace(config, lora=(f"{model}/lora.safetensors:{opened.preset.strength}",))
@@ -29,15 +29,15 @@ def base_and_pusa(model: str, scenes: list[world.Scene]) -> tuple[sample.Experts
 
 @torch.no_grad()
 def generate(experts: sample.Experts, scenes: list[world.Scene], truth: Tensor, name: str, seed: int = 0) -> Tensor:
-    """Videos (B, 3, N, 64, 64) by a task, which is given what it needs of the true clips (B, 3, N, 64, 64)."""
+    """Videos (B, 3, N, 64, 64) by a task, which is given what it needs of the true clips, all in [-1, 1]."""
     config, F = experts.config, tasks.latent_frames(truth.shape[2])
     plan = tasks.plan(name, F, noise=(0.0,) if tasks.TASKS[name].noise else None)
     taus = tasks.tau_schedule(plan.m, config.steps, config.shift, plan.d)
     x1 = torch.randn(len(truth), 16, F, world.SIDE // 8, world.SIDE // 8, generator=torch.Generator().manual_seed(seed))
     # "tail 0" of extend is the tail of what the user has, which here is the start of the true clip.
     known = truth[:, :, : tasks.pixel_frames(plan.given[0].positions[-1] + 1)] if name == "extend" else truth
-    given = {("image", 0): truth, ("image", 1): truth[:, :, -1:], ("head", 0): truth, ("tail", 0): known}
-    inputs = [tasks.cut(slot, given[slot.source, slot.index]) for slot in plan.given]
+    sources = {("image", 0): truth, ("image", 1): truth[:, :, -1:], ("head", 0): truth, ("tail", 0): known}
+    inputs = [tasks.cut(slot, sources[slot.source, slot.index]) for slot in plan.given]
     x0 = sample.conditions(experts.vae, plan, inputs, x1)
     return experts.vae.decode(experts.walk([scene.caption for scene in scenes], x0, x1, taus)).float()
 
@@ -66,7 +66,7 @@ def held_to_the_end(scene: world.Scene, video: Tensor) -> bool:
 
 
 def centroid_errors(scene: world.Scene, video: Tensor, frames: range) -> Iterator[float]:
-    """Distance in pixels of each thing from its true place in each of the frames; 64 where it is not to be found."""
+    """Distance in pixels of each thing from its true place in each of the frames; 64 where it cannot be found."""
     for thing in scene.things:
         places = world.positions(thing, video.shape[1])[list(frames)].tolist()
         for found, (x, y) in zip(world.read(video[:, list(frames)]), places, strict=True):
@@ -75,7 +75,7 @@ def centroid_errors(scene: world.Scene, video: Tensor, frames: range) -> Iterato
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB between pictures on the scale [-1, 1]."""
+    """Peak signal-to-noise ratio in dB between pictures in [-1, 1]."""
     return 10 * math.log10(4 / (a - b).square().mean().item())
 
 
@@ -89,7 +89,7 @@ def unseen_scenes(samples: int) -> list[world.Scene]:
 
 @torch.no_grad()
 def evaluate(base: sample.Experts, pusa: sample.Experts, scenes: list[world.Scene]) -> str:
-    """The table of how good a model is, as Markdown; with the LoRA and without it, on the same scenes."""
+    """A Markdown table of how good a model is with its LoRA and without, on the same scenes."""
     truth, progress = torch.stack([world.render(scene) for scene in scenes]), cli.Progress(11, "evaluating")
     without, adapted = (figures(experts, scenes, truth, progress) for experts in (base, pusa))
     reconstruction = statistics.mean(psnr(base.vae.decode(base.vae.encode(clip[None]))[0], clip) for clip in truth)
@@ -103,7 +103,7 @@ def evaluate(base: sample.Experts, pusa: sample.Experts, scenes: list[world.Scen
 def figures(
     experts: sample.Experts, scenes: list[world.Scene], truth: Tensor, progress: cli.Progress
 ) -> dict[str, str]:
-    """What the model reaches of each "what is judged | its target"."""
+    """What the model reaches, by the first two cells of its row in the table: "what is judged | target"."""
     videos = {}
     for name in ("t2v", "i2v", "extend", "start-end", "complete"):
         pieces = [slice(i, i + 16) for i in range(0, len(scenes), 16)]
@@ -113,9 +113,9 @@ def figures(
     def share(name: str, passes: Callable[[world.Scene, Tensor], bool]) -> str:
         return f"{100 * sum(map(passes, scenes, videos[name])) / len(scenes):.0f} %"
 
-    def kept(name: str, *ends: int) -> str:
+    def psnr_at(name: str, *frames: int) -> str:
         pairs = zip(videos[name], truth, strict=True)
-        return f"{statistics.mean(psnr(video[:, e], clip[:, e]) for video, clip in pairs for e in ends):.1f} dB"
+        return f"{statistics.mean(psnr(video[:, n], clip[:, n]) for video, clip in pairs for n in frames):.1f} dB"
 
     def error(name: str, first: int, end: int = world.FRAMES) -> str:
         errors = (centroid_errors(*pair, range(first, end)) for pair in zip(scenes, videos[name], strict=True))
@@ -123,13 +123,13 @@ def figures(
 
     return {
         "T2V: shapes, colours and directions all as prompted | ≥ 90 %": share("t2v", as_prompted),
-        "I2V: first frame kept (PSNR) | ≥ 28 dB": kept("i2v", 0),
+        "I2V: first frame kept (PSNR) | ≥ 28 dB": psnr_at("i2v", 0),
         "I2V: shape and colour held to the last frame | ≥ 90 %": share("i2v", held_to_the_end),
         "I2V: median centroid error of the generated frames | none": error("i2v", 1),  # as it follows the image
         "extend: median centroid error of the generated frames | ≤ 3 px": error("extend", 13),
-        "start-end: both ends kept (PSNR) | ≥ 28 dB": kept("start-end", 0, -1),
+        "start-end: both ends kept (PSNR) | ≥ 28 dB": psnr_at("start-end", 0, -1),
         "start-end: median centroid error in the middle | ≤ 4 px": error("start-end", 14, 19),
-        "complete: both ends kept (PSNR) | ≥ 28 dB": kept("complete", 0, -1),
+        "complete: both ends kept (PSNR) | ≥ 28 dB": psnr_at("complete", 0, -1),
         "complete: median centroid error in the middle | ≤ 4 px": error("complete", 14, 19),
     }
 

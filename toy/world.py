@@ -124,7 +124,7 @@ def _rgb(colours: tuple) -> Tensor:
 
 
 def _cover(shape: str, centres: Tensor, radius: float) -> Tensor:
-    """Share of each pixel that a shape covers, (frames, 64, 64), from its signed distance."""
+    """Share of each pixel that a shape covers, (frames, 64, 64), from the signed distance to its edge."""
     dx = _PIXELS - centres[:, 0, None, None]  # (frames, 1, 64)
     dy = _PIXELS[:, None] - centres[:, 1, None, None]  # (frames, 64, 1)
     if shape == "circle":
