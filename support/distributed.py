@@ -53,7 +53,7 @@ def process_group(device: str | None) -> Iterator[str | None]:
     device = "cpu" if kind == "cpu" else cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     gpu = None if kind == "cpu" else torch.device(device)
     if gpu:
-        torch.cuda.set_device(gpu)
+        torch.cuda.set_device(device)
     # Others wait while the first one writes a state. torchrun notices when a process has died, and ends the rest.
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=gpu)
     try:
