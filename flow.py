@@ -52,12 +52,10 @@ def fafm_loss(velocity: Tensor, x0: Tensor, x1: Tensor, tau: Tensor, weighting: 
     velocity (B,C,F,H,W), as predicted at `interpolate(x0, x1, tau)`; x0, x1 (B,C,F,H,W); tau (B,F).
     weighting: "none" is the paper's loss; "bell" weights each frame by `bell` of its τ.
     """
-    error = (velocity.float() - (x1.float() - x0.float())).square()
-    if weighting == "bell":
-        error = _per_frame(bell(tau), error) * error
-    elif weighting != "none":
+    if weighting not in ("none", "bell"):
         raise ValueError(f"got weighting {weighting!r}, expected 'none' or 'bell'")
-    return error.mean()
+    error = (velocity.float() - (x1.float() - x0.float())).square()
+    return (error if weighting == "none" else _per_frame(bell(tau), error) * error).mean()
 
 
 def bell(tau: Tensor) -> Tensor:

@@ -84,10 +84,22 @@ def plan(
     expect(right, f"{len(at)} positions", "one for each image, as in --at 0,4,8 for three images")
     expect(0 <= stagger <= 1, f"stagger {stagger}", "a number in [0, 1]: 0 is all at once, 1 is one by one")
 
-    # Where the conditions go: images at their positions, and `count` latents at the start and the end.
     noise = (strength,) * F if name == "restyle" else task.noise if noise is None else noise
     clips = videos or task.videos
     count = len(noise) if clips and len(noise) > 1 else sum(task.latents) if clips or task.images else 0
+    slots = place(name, F, count, at)
+    filled = [position for slot in slots for position in slot.positions]
+    m, d = torch.ones(F), torch.zeros(F)
+    expect(len(noise) in (1, len(filled)), f"{len(noise)} noise values for {len(filled)} condition latents", "1 or all")
+    m[filled] = torch.tensor(noise, dtype=m.dtype)
+    if name == "stream":
+        d[len(filled) :] = stagger * torch.arange(F - len(filled)) / (F - len(filled))
+    return Plan(m, d, slots)
+
+
+def place(name: str, F: int, count: int, at: Sequence[int] = ()) -> list[Slot]:
+    """Where conditions go on F latent frames: images `at` their positions, or `count` latents at the two ends."""
+    task = TASKS[name]
     start = count * task.latents[0] // max(1, sum(task.latents))
     runs = [(("image", i), range(position, position + 1)) for i, position in enumerate(at)]
     runs += [(task.start, range(start)), (task.end, range(F - count + start, F))]
@@ -97,14 +109,7 @@ def plan(
     for position in filled:
         expect(0 <= position < F, f"position {position}", f"0 to {F - 1}: pixel frame n is in latent (n + 3) // 4")
     expect(len(set(filled)) == len(filled), f"positions {filled}", "each only once: leave out what is there twice")
-    slots = [Slot(*which, tuple(p), pixel_frames(len(p) + (p[0] > 0)), int(p[0] > 0)) for which, p in runs if p]
-
-    m, d = torch.ones(F), torch.zeros(F)
-    expect(len(noise) in (1, len(filled)), f"{len(noise)} noise values for {len(filled)} condition latents", "1 or all")
-    m[filled] = torch.tensor(noise, dtype=m.dtype)
-    if name == "stream":
-        d[len(filled) :] = stagger * torch.arange(F - len(filled)) / (F - len(filled))
-    return Plan(m, d, slots)
+    return [Slot(*which, tuple(p), pixel_frames(len(p) + (p[0] > 0)), int(p[0] > 0)) for which, p in runs if p]
 
 
 def tau_schedule(m: Tensor | Sequence, K: int, shift: float, d: Tensor | Sequence | None = None) -> Tensor:
