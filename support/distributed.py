@@ -20,9 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import init_device_mesh
 
 from support import cli
 
@@ -111,6 +108,11 @@ def shard(model: nn.Module, units: Iterable[nn.Module | list[nn.Module]], device
     The values come from the first process; the model of the others may be on "meta". A unit's parameters are gathered
     when it is called, those in no unit for the whole forward pass. List a unit before the one that contains it.
     """
+    # Here, as they take half a second to import, which a process on its own need not wait for.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
     values = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     mesh = init_device_mesh(torch.device(device).type, (size(),))
