@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -162,6 +161,8 @@ def _count(module: nn.Module) -> int:
 
 def _speed(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of this machine in matrix products."""
+    from torch.utils.benchmark import Timer  # here, as only an estimate needs it, and it takes a tenth of a second
+
     n = 512 if device == "cpu" else 8192  # a small product would measure how fast a GPU is told what to do
     inputs = {"a": torch.ones(n, n, dtype=dtype, device=device)}
     timer = Timer("(a @ a)[0, 0].item()", globals=inputs, num_threads=torch.get_num_threads())
