@@ -33,16 +33,22 @@ def shifted(u: Tensor | float, shift: float) -> Tensor | float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def sample_tau(B: int, F: int, p_async: float = 1.0, shift: float = 1.0, generator: Generator | None = None) -> Tensor:
+def sample_tau(
+    B: int, F: int, p_async: float = 1.0, shift: float = 1.0, generator: Generator | None = None, two: bool = False
+) -> Tensor:
     """PTSS, the paper's probabilistic timestep sampling: → tau (B,F) in [0,1), fp32, on the generator's device.
 
     Each sample of the batch decides alone: with probability p_async each of its frames draws a level, else all share
-    one. p_async = 1 is how Pusa is trained, 0 is ordinary text-to-video training. Draws are then `shifted`.
+    one. p_async = 1 is how Pusa is trained, 0 is ordinary text-to-video training. Draws are then `shifted`. With `two`,
+    which is not the paper's, each frame takes one of two levels instead, as in most tasks: conditions, and the rest.
     """
     if not 0 <= p_async <= 1:
         raise ValueError(f"got p_async {p_async}, expected a probability in [0, 1]")
     device = generator.device if generator else None
     independent, shared, coin = (torch.rand(B, n, generator=generator, device=device) for n in (F, 1, 1))
+    if two:  # a share of the frames, drawn for each sample, is at the second level
+        share, other = (torch.rand(B, 1, generator=generator, device=device) for _ in range(2))
+        independent = torch.where(independent < share, other, shared)
     return shifted(torch.where(coin < p_async, independent, shared), shift)
 
 

@@ -298,20 +298,35 @@ def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like:
     return x0
 
 
-def guided_velocity(transformer: Wan, positive: Tensor, negative: Tensor, guidance: float) -> flow.Velocity:
-    """velocity(z, tau) for B prompts, led away from the negative ones: v = v_neg + guidance · (v_pos - v_neg).
+def guided_velocity(
+    transformer: Wan, positive: Tensor, negative: Tensor, guidance: float,
+    history: float = 1.0, given: Sequence[int] = (), x1: Tensor | None = None,
+) -> flow.Velocity:  # fmt: skip
+    """velocity(z, tau) for B prompts, led away from the negative ones, and from the video without its conditions.
 
-    positive, negative: the prompts' embeddings, (B, T, text_dim), whose keys and values are computed here, once for all
-    steps. Guidance 1 runs the model once a step, else twice.
+        v = v(c, h) + (guidance - 1) · [v(c, h) - v(∅, h)] + (history - 1) · [v(c, h) - v(c, ∅)]
+
+    positive, negative: the prompts' embeddings c and ∅, (B, T, text_dim), whose keys and values are computed here, once
+    for all steps. given: the latent frames of the conditions h, which history guidance (arXiv 2502.06764) replaces by
+    the noise x1 at τ = 1. Each weight that is not 1 runs the model once more a step; equal ones share that run.
     """
     keys = transformer.prompt_keys(positive)
-    if guidance == 1:
-        return lambda z, tau: transformer(z, tau, keys)
-    keys_away = transformer.prompt_keys(negative)
+    keys_away = None if guidance == 1 else transformer.prompt_keys(negative)
+    given, history = list(given), history if given else 1
+
+    def freed(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        z, tau = z.clone(), tau.clone()
+        z[:, :, given], tau[:, given] = x1[:, :, given].to(z.dtype), 1
+        return z, tau
 
     def velocity(z: Tensor, tau: Tensor) -> Tensor:
-        v, away = transformer(z, tau, keys), transformer(z, tau, keys_away)
-        return away + guidance * (v - away)
+        v = led = transformer(z, tau, keys)
+        if guidance != 1:
+            away = transformer(*(freed(z, tau) if history == guidance else (z, tau)), keys_away)
+            led = away + guidance * (v - away)
+        if history not in (1, guidance):
+            led = led + (history - 1) * (v - transformer(*freed(z, tau), keys))
+        return led
 
     return velocity
 

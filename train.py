@@ -18,6 +18,7 @@ samples, its conditions are often clean (m·σ = 0), so it must have seen clean 
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -44,6 +45,10 @@ _RATE = (_ABOVE_0, _BELOW_1, "a number between 0 and 1, such as 1e-3")
 _LEVEL = (_ABOVE_0, _BELOW_1, "a noise level between 0 and 1, such as 0.875")
 
 
+# (the opened model, config, the text encoder if it is trained) → the data
+Prepare = Callable[[Opened, "TrainConfig", nn.Module | None], Dataset]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     data: str = cli.option("clips", "folder of clips with captions")
@@ -62,6 +67,7 @@ class TrainConfig:
     accumulate: int = cli.option(1, "parts that a step's batch is taken in, one after another, to save memory", _COUNT)
     gradient_checkpointing: bool = cli.option(False, "compute each block again in the backward pass, to save memory")
     p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level", _PROBABILITY)
+    two_levels: bool = cli.option(False, "PTSS: such a frame takes one of two levels, not a level of its own")
     shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's")
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
     drop_caption: float = cli.option(0.1, "probability of training without the caption, for guidance", _PROBABILITY)
@@ -101,12 +107,15 @@ class Batch(NamedTuple):
     share: float  # b as a fraction of the windows of the step's batch
 
 
-def train(config: TrainConfig) -> Path:
-    """Run a training to its end and return the path of what it made: `lora.safetensors`, or the model's folder."""
+def train(config: TrainConfig, prepare: Prepare | None = None) -> Path:
+    """Run a training to its end and return the path of what it made: `lora.safetensors`, or the model's folder.
+
+    prepare: makes the data, in place of `encoded_clips`, which reads them from the folder `data`.
+    """
     opened = checkpoint.open(config.model, Wan)
     config = checked(config, opened)
     run = resume.Run(vars(config), _MAY_CHANGE)
-    clips, models, inputs = set_up(opened, config)
+    clips, models, inputs = set_up(opened, config, prepare or encoded_clips)
     transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
     optimizers = make_optimizers(config, list(models.values()))
     parts = range(config.accumulate * distributed.size())  # of each step's batch
@@ -151,7 +160,9 @@ def train(config: TrainConfig) -> Path:
     return result
 
 
-def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict, dict[str, str | None]]:
+def set_up(
+    opened: Opened, config: TrainConfig, prepare: Prepare
+) -> tuple[Dataset, nn.ModuleDict, dict[str, str | None]]:
     """The data, the models on their device and ready to train, and fingerprints of what the run is made from."""
     encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
     clips = prepare(opened, config, encoder)
@@ -178,7 +189,7 @@ def set_up(opened: Opened, config: TrainConfig) -> tuple[Dataset, nn.ModuleDict,
     return clips, models.to(config.device), inputs
 
 
-def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
+def encoded_clips(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> Dataset:
     """Encode clips and captions, or find what an earlier run encoded; encoder: the text encoder if it is trained."""
     vae, dtype = opened.vae(device=config.device), getattr(torch, config.dtype)
 
@@ -186,17 +197,23 @@ def prepare(opened: Opened, config: TrainConfig, encoder: nn.Module | None) -> D
         with _autocast(config.device, dtype):
             return vae.encode(window.to(config.device))
 
-    def context_of(captions: list[str]) -> dataset.Context:
-        if encoder:
-            tokenizer = opened.tokenizer()
-            return lambda prompts: encoder(*(tensor.to(config.device) for tensor in tokenizer(prompts)))
-        stored = partial(opened.encode_prompts, dtype=dtype, device=config.device, cache_folder=config.cache)
-        embed = distributed.each_its_share(stored, sorted({*captions, ""}))  # guidance needs the empty one
-        return lambda prompts: embed(prompts).to(config.device)
-
     name = f"{resume.fingerprint(vae)} {config.dtype}"
     cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
-    return dataset.prepare(config.data, cut, config.strict, encode, name, config.cache, context_of, config.seed)
+    contexts = partial(context_of, opened, config, encoder)
+    return dataset.prepare(config.data, cut, config.strict, encode, name, config.cache, contexts, config.seed)
+
+
+def context_of(
+    opened: Opened, config: TrainConfig, encoder: nn.Module | None, captions: list[str]
+) -> dataset.Context:
+    """What gives the embeddings (b, T, text_dim) of prompts: `encoder` if it is trained, else what is stored."""
+    if encoder:
+        tokenizer = opened.tokenizer()
+        return lambda prompts: encoder(*(tensor.to(config.device) for tensor in tokenizer(prompts)))
+    dtype, folder = getattr(torch, config.dtype), config.cache
+    stored = partial(opened.encode_prompts, dtype=dtype, device=config.device, cache_folder=folder)
+    embed = distributed.each_its_share(stored, sorted({*captions, ""}))  # guidance needs the empty one
+    return lambda prompts: embed(prompts).to(config.device)
 
 
 def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch:
@@ -209,7 +226,7 @@ def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch
     dropped = (torch.rand(B, generator=generator) < config.drop_caption).tolist()
     prompts = ["" if drop else clips.prompts[i] for drop, i in zip(dropped, picked, strict=True)]
     x1 = torch.randn(B, C, F, H, W, generator=generator)
-    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator)
+    tau = flow.sample_tau(B, F, config.p_async, config.shift, generator, config.two_levels)
     return Batch(x0, x1[mine], tau[mine], prompts[mine], len(x0) / B)
 
 

@@ -1,23 +1,26 @@
 """Grow the embedded model from nothing: `python -m toy.grow` (or `make tiny`), which can be stopped and run again.
 
-Four stages, each skipped when its result is there: clips of the toy world; the VAE; the text-to-video base with its
-umT5 encoder, which is `train.py --full --from-scratch --p-async 0`; the Pusa LoRA, which is `train.py` as a user runs
-it. `python -m toy.judge` judges the result on captions that training never saw.
+Three stages, each skipped when its result is there: the VAE; the text-to-video base with its umT5 encoder, which is
+`train.py --full --from-scratch --p-async 0`; the Pusa LoRA, which is `train.py --two-levels`. All learn from scenes
+that are rendered as they go. `python -m toy.judge` judges the result on captions that training never saw.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora
 from model import Wan, WanConfig
-from support import cli
+from support import cli, resume
+from support.dataset import Dataset
 from toy import world
-from train import TrainConfig, train
+from train import Prepare, TrainConfig, context_of, train
 from wan import checkpoint, text
 from wan.vae import VAEConfig, WanVAE
 
@@ -50,8 +53,8 @@ class TinyConfig:
 def grow(config: TinyConfig) -> None:
     """Run every stage that has no result yet; each goes on from where it was stopped."""
     work, out = Path(config.work), Path(config.out)
-    clips, seedling, base, pusa = (work / name for name in ("clips", "seedling", "base/model", "lora/lora.safetensors"))
-    world.write(clips, config.clips, seed=1, pairs=PAIRS)
+    seedling, base, pusa = (work / name for name in ("seedling", "base/model", "lora/lora.safetensors"))
+    data = partial(rendered_clips, count=config.clips, folder=work)
     if not (seedling / "vae" / "diffusion_pytorch_model.safetensors").exists():
         vae = train_vae(work / "vae.pt", config.vae_steps, batch=4, lr=1e-3, compile=config.compile)
         measure_latents(vae)
@@ -63,10 +66,10 @@ def grow(config: TinyConfig) -> None:
         checkpoint.save_pipeline(seedling, Wan(TRANSFORMER), None, encoder, tokenizer, PRESET.shift)
 
     pretraining = TrainConfig(
-        data=str(clips), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
+        data=str(work), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
         shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
     )  # fmt: skip
-    train_or_resume(pretraining, base / "model_index.json")  # which is written last
+    train_or_resume(pretraining, data, base / "model_index.json")  # which is written last
     if not pusa.exists():  # so what is in `out` may come from an earlier growth
         grown = checkpoint.open(base, Wan)
         parts = grown.transformer(), grown.vae(), grown.text_encoder(), grown.tokenizer()
@@ -74,19 +77,44 @@ def grow(config: TinyConfig) -> None:
         checkpoint.save_preset(out, PRESET)
         checkpoint.save_pipeline(out, *parts, PRESET.shift, dtypes)
     finetuning = TrainConfig(
-        data=str(clips), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
+        data=str(work), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
         compile=config.compile,
     )  # fmt: skip
-    train_or_resume(finetuning, pusa)
+    train_or_resume(finetuning, data, pusa)
     pairs = lora.load(pusa).pairs.items()
     halved = lora.LoRA({layer: lora.Pair(A.bfloat16(), B.bfloat16(), alpha) for layer, (A, B, alpha) in pairs})
     lora.save(out / "lora.safetensors", halved, base=str(out))
 
 
-def train_or_resume(config: TrainConfig, result: Path) -> None:
+def train_or_resume(config: TrainConfig, data: Prepare, result: Path) -> None:
     """Train if the result is not there; a run that has begun goes on."""
     if not result.exists():
-        train(dataclasses.replace(config, resume=(Path(config.out) / "settings.json").exists()))
+        train(dataclasses.replace(config, resume=(Path(config.out) / "settings.json").exists()), data)
+
+
+@torch.no_grad()
+def rendered_clips(
+    opened: checkpoint.Opened, config: TrainConfig, encoder: nn.Module | None, count: int, folder: Path
+) -> Dataset:
+    """Training data without files of clips: scenes are rendered and encoded, once; latents are kept in `folder`."""
+    scenes, vae = list(world.scenes(count, seed=1, pairs=PAIRS)), opened.vae(device=config.device)
+    digest = f"{resume.fingerprint(vae)[:12]}-{count}"
+    stored = folder / f"latents-{digest}.safetensors"
+    if not stored.exists():
+        batches, parts = [scenes[i : i + 16] for i in range(0, count, 16)], []
+        progress = cli.Progress(len(batches), "encoding scenes")
+        for batch in batches:
+            with torch.device(config.device):
+                clips = torch.stack([world.render(scene) for scene in batch])
+            parts.append(vae.encode(clips).cpu())
+            progress.step()
+        with cli.replacing(stored) as path:
+            save_file({"latents": torch.cat(parts)}, path)
+    captions, held_out = [scene.caption for scene in scenes], min(16, count // 10)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    context = context_of(opened, config, encoder, captions)
+    latents = load_file(stored)["latents"]
+    return Dataset(latents, captions, context, order[:held_out] or order, [sorted(order[held_out:])], digest)
 
 
 @torch.no_grad()

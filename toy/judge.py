@@ -1,161 +1,226 @@
-"""How good the embedded model is: on captions that training never saw, against the world's exact truth.
+"""How good a model of the toy world is: on captions that training never saw, against the world's exact truth.
 
     python -m toy.judge     judges checkpoints/tiny and writes the table to its README.md
 """
 
-import math
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import flow
+import lora
 import sample
 import tasks
+from model import Wan
 from support import cli
 from toy import world
+from wan import checkpoint
+
+# The frames of each task that are generated, and where things must be in them by the conditions alone.
+DETERMINED = {
+    "i2v": range(1, 33), "start-end": range(14, 19), "extend": range(13, 33), "prepend": range(0, 17),
+    "complete": range(14, 19), "transition": range(14, 19), "keyframes": range(1, 32),
+}  # fmt: skip
+_AT = (0, 4, 8)  # latent frames of the key frames
+BATCH = 64  # clips at a time
 
 
-def base_and_pusa(model: str, scenes: list[world.Scene]) -> tuple[sample.Experts, sample.Experts]:
-    """A model with the captions of these scenes encoded, sampled as its preset says: without and with its LoRA."""
-    config, opened = sample.prepare(sample.SampleConfig("t2v", model, no_lora=True, prompt="", device="cpu"))
-    prompts = [scene.caption for scene in scenes]
-    adapted = replace(config, lora=(f"{model}/lora.safetensors:{opened.preset.strength}",))
-    return sample.Experts(config, opened, prompts), sample.Experts(adapted, opened, prompts)
+class Judge:
+    """Scenes, their true clips, and what it takes to make the same clips by a transformer, many at a time."""
+
+    def __init__(self, opened: checkpoint.Opened, scenes: Sequence[world.Scene], device: str = "cpu"):
+        self.opened, self.scenes, self.device = opened, list(scenes), device
+        self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype("auto", device)
+        with torch.device(device):
+            self.truth = torch.stack([world.render(scene) for scene in self.scenes])
+        encoder, tokenizer = opened.text_encoder(torch.float32, device), opened.tokenizer()
+        with torch.no_grad():
+            ids, mask = tokenizer([scene.caption for scene in self.scenes] + [self.preset.negative_prompt])
+            embedded = encoder(ids.to(device), mask.to(device)).to(self.dtype)
+        self.context, self.negative = embedded[:-1], embedded[-1:]
+
+    def transformer(self, change: Path | str | lora.LoRA | None = None, strength: float | None = None) -> Wan:
+        """The model's transformer, with a LoRA merged if one is given, at the model's own strength or another."""
+        transformer = self.opened.transformer(self.dtype, self.device)
+        if change is not None:
+            change = change if isinstance(change, lora.LoRA) else lora.load(change)
+            lora.merge(transformer, change, self.preset.strength if strength is None else strength)
+        return transformer.requires_grad_(False)
+
+    @torch.no_grad()
+    def latents(self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings) -> Tensor:
+        """Latents (B, 16, F, H, W) of every scene by a task, which is given what it needs of the true clips.
+
+        taus: noise levels (K+1, F) in place of the task's own, with all conditions clean. settings: those of the
+        preset's steps, shift, guidance and history_guidance that are to be others.
+        """
+        preset = dataclasses.replace(self.preset, **settings)
+        plan = self.plan(task)
+        taus = tasks.tau_schedule(plan.m, preset.steps, preset.shift, plan.d) if taus is None else taus
+        given = [position for slot in plan.given for position in slot.positions]
+        generator, made = torch.Generator().manual_seed(seed), []
+        shape = len(self.scenes), 16, len(plan.m), world.SIDE // 8, world.SIDE // 8
+        noise = torch.randn(shape, generator=generator)
+        for x1, context, truth in zip(*(x.split(BATCH) for x in (noise, self.context, self.truth)), strict=True):
+            x1, negative = x1.to(self.device), self.negative.expand(len(x1), -1, -1)
+            x0 = sample.conditions(self.vae, plan, self._inputs(task, plan, truth), x1)
+            led = preset.guidance, preset.history_guidance, given, x1
+            made.append(flow.denoise(sample.guided_velocity(network, context, negative, *led), x0, x1, taus))
+        return torch.cat(made)
+
+    @torch.no_grad()
+    def videos(self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings) -> Tensor:
+        """The clips (B, 3, N, 64, 64) of `latents`, in [-1, 1]."""
+        latents = self.latents(network, task, seed, taus, **settings)
+        return torch.cat([self.vae.decode(part).float() for part in latents.split(BATCH)])
+
+    @staticmethod
+    def plan(task: str) -> tasks.Plan:
+        """The task laid out on a clip's latent frames, its conditions clean."""
+        at, noise = _AT if task == "keyframes" else (), (0.0,) if tasks.TASKS[task].noise else None
+        return tasks.plan(task, tasks.latent_frames(world.FRAMES), noise=noise, at=at)
+
+    @staticmethod
+    def _inputs(task: str, plan: tasks.Plan, truth: Tensor) -> list[Tensor]:
+        """The pixels of each condition. What a user has is the part of the true clip that the task does not make."""
+        known = {"extend": [slice(13)], "prepend": [slice(-17, None)], "transition": [slice(5), slice(-9, None)]}
+        videos = [truth[:, :, frames] for frames in known.get(task, [slice(None)])]
+        at = _AT if task == "keyframes" else (0, len(plan.m) - 1)
+        images = [truth[:, :, tasks.pixel_frames(position + 1) - 1 :] for position in at]
+        return [tasks.cut(slot, (images if slot.source == "image" else videos)[slot.index]) for slot in plan.given]
 
 
-@torch.no_grad()
-def generate(experts: sample.Experts, scenes: list[world.Scene], truth: Tensor, name: str, seed: int = 0) -> Tensor:
-    """Videos (B, 3, N, 64, 64) by a task, which is given what it needs of the true clips, all in [-1, 1]."""
-    config, F = experts.config, tasks.latent_frames(truth.shape[2])
-    plan = tasks.plan(name, F, noise=(0.0,) if tasks.TASKS[name].noise else None)
-    taus = tasks.tau_schedule(plan.m, config.steps, config.shift, plan.d)
-    x1 = torch.randn(len(truth), 16, F, world.SIDE // 8, world.SIDE // 8, generator=torch.Generator().manual_seed(seed))
-    # "tail 0" of extend is the tail of what the user has, which here is the start of the true clip.
-    known = truth[:, :, : tasks.pixel_frames(plan.given[0].positions[-1] + 1)] if name == "extend" else truth
-    sources = {("image", 0): truth, ("image", 1): truth[:, :, -1:], ("head", 0): truth, ("tail", 0): known}
-    inputs = [tasks.cut(slot, sources[slot.source, slot.index]) for slot in plan.given]
-    x0 = sample.conditions(experts.vae, plan, inputs, x1)
-    return experts.vae.decode(experts.walk([scene.caption for scene in scenes], x0, x1, taus)).float()
+def centroid_errors(scenes: Sequence[world.Scene], readings: world.Readings, frames: range) -> Tensor:
+    """Distance in pixels of the shapes from their true places, (B, frames), the mean over a scene's shapes.
+
+    A shape that is not seen counts as 64 px away.
+    """
+    colours, frames, errors = list(world.COLOURS), list(frames), []
+    for b, scene in enumerate(scenes):
+        each = []
+        for thing in scene.things:
+            c, true = colours.index(thing.colour), world.positions(thing)[frames]
+            distance = torch.hypot(readings.x[b, frames, c] - true[:, 0], readings.y[b, frames, c] - true[:, 1])
+            each.append(torch.where(readings.seen[b, frames, c], distance, float(world.SIDE)))
+        errors.append(torch.stack(each).mean(0))
+    return torch.stack(errors)
 
 
-def as_prompted(scene: world.Scene, video: Tensor) -> bool:
-    """Whether a clip (3, N, 64, 64) shows exactly the caption's colours, each with its shape and direction."""
-    frames = world.read(video)
-    common = {c for c in world.COLOURS if sum(c in frame for frame in frames) > len(frames) / 2}
-    if common != {thing.colour for thing in scene.things}:
+def as_prompted(scenes: Sequence[world.Scene], readings: world.Readings) -> Tensor:
+    """Whether each clip shows exactly the caption's colours, each with its shape and direction, (B,) bool."""
+    return torch.tensor([_as_prompted(scene, *(x[b] for x in readings)) for b, scene in enumerate(scenes)])
+
+
+def _as_prompted(scene: world.Scene, seen: Tensor, shape: Tensor, size: Tensor, x: Tensor, y: Tensor) -> bool:
+    colours, N = list(world.COLOURS), len(seen)
+    if {colours[c] for c in (seen.sum(0) > N / 2).nonzero()[:, 0]} != {thing.colour for thing in scene.things}:
         return False
     for thing in scene.things:
-        seen = [frame[thing.colour] for frame in frames if thing.colour in frame]
-        start = [frame[thing.colour] for frame in frames[:9] if thing.colour in frame] or seen[:1]
-        dx, dy = start[-1].x - start[0].x, start[-1].y - start[0].y
-        x, y = world.DIRECTIONS[thing.direction]
-        shape = statistics.mode(reading.shape for reading in seen)
-        if shape != thing.shape or dx * x + dy * y < max(2, abs(dx) - 1e-6, abs(dy) - 1e-6):
+        c, along = colours.index(thing.colour), torch.tensor(world.DIRECTIONS[thing.direction])
+        frames = seen[:, c].nonzero()[:, 0]
+        start = frames[frames < 9] if (frames < 9).any() else frames[:1]  # before it turns round at a wall
+        moved = torch.stack([x[start[-1], c] - x[start[0], c], y[start[-1], c] - y[start[0], c]])
+        most = shape[frames, c].bincount(minlength=len(world.SHAPES)).argmax()
+        if world.SHAPES[most] != thing.shape or (moved * along).sum() < max(2, moved.abs().max().item() - 1e-6):
             return False
     return True
 
 
-def held_to_the_end(scene: world.Scene, video: Tensor) -> bool:
-    """Whether each thing has its colour and shape in the last frame."""
-    (last,) = world.read(video[:, -1:])
-    return all(thing.colour in last and last[thing.colour].shape == thing.shape for thing in scene.things)
+def held_to_the_end(scenes: Sequence[world.Scene], readings: world.Readings) -> Tensor:
+    """Whether each thing has its colour and shape in the last frame, (B,) bool."""
+    colours = list(world.COLOURS)
+    held = ([(colours.index(t.colour), world.SHAPES.index(t.shape)) for t in scene.things] for scene in scenes)
+    seen, shape = readings.seen[:, -1], readings.shape[:, -1]
+    return torch.tensor([all(seen[b, c] and shape[b, c] == s for c, s in things) for b, things in enumerate(held)])
 
 
-def centroid_errors(scene: world.Scene, video: Tensor, frames: range) -> Iterator[float]:
-    """Distance in pixels of each thing from its true place in each of the frames; 64 where it cannot be found."""
-    for thing in scene.things:
-        places = world.positions(thing, video.shape[1])[list(frames)].tolist()
-        for found, (x, y) in zip(world.read(video[:, list(frames)]), places, strict=True):
-            reading = found.get(thing.colour)
-            yield math.hypot(reading.x - x, reading.y - y) if reading else float(world.SIDE)
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of clips (B, ...) in [-1, 1], (B,)."""
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1))
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB between pictures in [-1, 1]."""
-    return 10 * math.log10(4 / (a - b).square().mean().item())
+def unseen_scenes(samples: int, seed: int = 3) -> list[world.Scene]:
+    """Scenes whose captions training never saw; one in four has two shapes, unseen the other way round too."""
+    pairs = samples // 4
+    two = world.scenes(100 * pairs, seed=seed + 1, unseen=True, pairs=1)
+    two = (scene for scene in two if world.held_out(dataclasses.replace(scene, things=scene.things[::-1]).caption))
+    return [*world.scenes(samples - pairs, seed=seed, unseen=True, pairs=0), *islice(two, pairs)]
 
 
-def unseen_scenes(samples: int) -> list[world.Scene]:
-    """Scenes whose captions training never saw; one in five has two shapes, unseen the other way round too."""
-    pairs = samples // 5
-    two = world.scenes(100 * pairs, seed=4, unseen=True, pairs=1)
-    two = (scene for scene in two if world.held_out(replace(scene, things=scene.things[::-1]).caption))
-    return [*world.scenes(samples - pairs, seed=3, unseen=True, pairs=0), *islice(two, pairs)]
+def figures(judge: Judge, network: nn.Module, seed: int, **settings) -> Iterator[tuple[str, str, Tensor]]:
+    """What a network reaches from one seed's noise: what is judged, its unit, and the figure of each scene (B, ...)."""
+    scenes, truth = judge.scenes, judge.truth
+    for task in ("t2v", "i2v", "extend", "start-end", "complete"):
+        videos = judge.videos(network, task, seed, **settings)
+        readings = world.measure(videos)
+        if task == "t2v":
+            yield "T2V: shapes, colours and directions all as prompted", "%", 100.0 * as_prompted(scenes, readings)
+        if task == "i2v":
+            yield "I2V: first frame kept (PSNR)", "dB", psnr(videos[:, :, 0], truth[:, :, 0])
+            yield "I2V: shape and colour held to the last frame", "%", 100.0 * held_to_the_end(scenes, readings)
+        if task in ("start-end", "complete"):
+            yield f"{task}: both ends kept (PSNR)", "dB", psnr(videos[:, :, [0, -1]], truth[:, :, [0, -1]])
+        if task in DETERMINED:
+            errors = centroid_errors(scenes, readings, DETERMINED[task])
+            where = "in the middle" if DETERMINED[task].stop < world.FRAMES else "of the generated frames"
+            yield f"{task.replace('i2v', 'I2V')}: median centroid error {where}", "px", errors
 
 
-@torch.no_grad()
-def evaluate(base: sample.Experts, pusa: sample.Experts, scenes: list[world.Scene]) -> str:
-    """A Markdown table of how good a model is with its LoRA and without, on the same scenes."""
-    truth, progress = torch.stack([world.render(scene) for scene in scenes]), cli.Progress(11, "evaluating")
-    without, adapted = (figures(experts, scenes, truth, progress) for experts in (base, pusa))
-    reconstruction = statistics.mean(psnr(base.vae.decode(base.vae.encode(clip[None]))[0], clip) for clip in truth)
-    progress.step()
-    rows = ["| what | target | with the LoRA | LoRA off |", "| --- | --- | --- | --- |"]
-    rows.append(f"| VAE: reconstruction (PSNR) | ≥ 30 dB | {reconstruction:.1f} dB | the same |")
-    rows += [f"| {what} | {reached} | {without[what]} |" for what, reached in adapted.items()]
-    return "\n".join(rows)
-
-
-def figures(
-    experts: sample.Experts, scenes: list[world.Scene], truth: Tensor, progress: cli.Progress
-) -> dict[str, str]:
-    """What the model reaches, by the first two cells of its row in the table: "what is judged | target"."""
-    videos = {}
-    for name in ("t2v", "i2v", "extend", "start-end", "complete"):
-        pieces = [slice(i, i + 16) for i in range(0, len(scenes), 16)]
-        videos[name] = torch.cat([generate(experts, scenes[p], truth[p], name, seed=p.start) for p in pieces])
-        progress.step()
-
-    def share(name: str, passes: Callable[[world.Scene, Tensor], bool]) -> str:
-        return f"{100 * sum(map(passes, scenes, videos[name])) / len(scenes):.0f} %"
-
-    def psnr_at(name: str, *frames: int) -> str:
-        pairs = zip(videos[name], truth, strict=True)
-        return f"{statistics.mean(psnr(video[:, n], clip[:, n]) for video, clip in pairs for n in frames):.1f} dB"
-
-    def error(name: str, first: int, end: int = world.FRAMES) -> str:
-        errors = (centroid_errors(*pair, range(first, end)) for pair in zip(scenes, videos[name], strict=True))
-        return f"{statistics.median(chain.from_iterable(errors)):.1f} px"
-
-    return {
-        "T2V: shapes, colours and directions all as prompted | ≥ 90 %": share("t2v", as_prompted),
-        "I2V: first frame kept (PSNR) | ≥ 28 dB": psnr_at("i2v", 0),
-        "I2V: shape and colour held to the last frame | ≥ 90 %": share("i2v", held_to_the_end),
-        "I2V: median centroid error of the generated frames | none": error("i2v", 1),  # as it follows the image
-        "extend: median centroid error of the generated frames | ≤ 3 px": error("extend", 13),
-        "start-end: both ends kept (PSNR) | ≥ 28 dB": psnr_at("start-end", 0, -1),
-        "start-end: median centroid error in the middle | ≤ 4 px": error("start-end", 14, 19),
-        "complete: both ends kept (PSNR) | ≥ 28 dB": psnr_at("complete", 0, -1),
-        "complete: median centroid error in the middle | ≤ 4 px": error("complete", 14, 19),
-    }
+def evaluate(judge: Judge, change: Path, seeds: Sequence[int], history: float) -> str:
+    """A Markdown table: the model without its LoRA, with it, and with history guidance too, over some seeds."""
+    base, pusa, two = judge.transformer(), judge.transformer(change), [len(s.things) > 1 for s in judge.scenes]
+    columns = ((base, {}), (pusa, {}), (pusa, {"history_guidance": history}))
+    progress, rows = cli.Progress(len(columns) * len(seeds), "evaluating"), {}
+    for network, settings in columns:
+        cells: dict[str, list] = {}
+        for seed in seeds:
+            for what, unit, values in figures(judge, network, seed, **{"history_guidance": 1.0, **settings}):
+                middle = torch.median if unit == "px" else torch.mean
+                halves = [values[torch.tensor(two) == pair].float() for pair in (False, True)]
+                cells.setdefault(f"{what} | {unit}", []).append([middle(half).item() for half in halves])
+            progress.step()
+        for what, each in cells.items():
+            spread = torch.tensor(each, dtype=torch.float64)
+            mean, std = spread.mean(0).tolist(), spread.std(0, correction=0).tolist()
+            told = " / ".join(f"{a:.1f} ± {b:.1f}" for a, b in zip(mean, std, strict=True))
+            rows.setdefault(what, []).append(told)
+    kept = torch.cat([psnr(judge.vae.decode(judge.vae.encode(clip)), clip) for clip in judge.truth.split(BATCH)]).mean()
+    head = ["what | unit", "LoRA off", "with the LoRA", f"and history guidance {history:g}"]
+    lines = [head, ["---"] * 5, ["VAE: reconstruction (PSNR) | dB", f"{kept:.1f}", "the same", "the same"]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *([what, *told] for what, told in rows.items())])
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
     model: str = cli.option("checkpoints/tiny", "folder of the model, whose README.md gets the table")
-    samples: int = cli.option(64, "samples a row", (5, 10**6, "at least 5: one in five has two shapes"))
+    samples: int = cli.option(256, "scenes a row", (4, 10**6, "at least 4: one in four has two shapes"))
+    seeds: int = cli.option(3, "how often each is made, from noise of another seed", (1, 1000, "at least 1"))
+    history: float = cli.option(3.0, "history guidance in the last column", (0, 1e9, "0 or more; 1 is off"))
+    device: str | None = cli.option(None, "device (default: a GPU if there is one)")
 
 
 def main() -> None:
     config = cli.parse(JudgeConfig, __doc__)
-    scenes = unseen_scenes(config.samples)
-    base, pusa = base_and_pusa(config.model, scenes)
-    table, settings = evaluate(base, pusa, scenes), base.config
+    opened = checkpoint.open(config.model, Wan)
+    judge, folder = Judge(opened, unseen_scenes(config.samples), cli.pick_device(config.device)), Path(config.model)
+    table, preset = evaluate(judge, folder / "lora.safetensors", range(config.seeds), config.history), judge.preset
     readme = f"""# The embedded model
 
 A complete text-to-video model of Wan's architecture for 64x64 clips of 33 frames, grown from nothing by
 `python -m toy.grow`, in the `-Diffusers` layout, with the Pusa LoRA that was trained on it (`lora.safetensors`).
 
-Judged by `python -m toy.judge` on {config.samples} scenes a row whose captions training never saw, one in five
-with two shapes; {settings.steps} steps, shift {settings.shift:g}, guidance {settings.guidance:g}, fixed seeds:
+Judged by `python -m toy.judge` on {config.samples} scenes a row whose captions training never saw, one in four with
+two shapes, from {config.seeds} seeds of noise: mean ± standard deviation over the seeds, for scenes with one shape /
+with two. {preset.steps} steps, shift {preset.shift:g}, guidance {preset.guidance:g}, LoRA strength {preset.strength:g}:
 
 {table}
 """
-    with cli.replacing(Path(config.model) / "README.md") as path:
+    with cli.replacing(folder / "README.md") as path:
         path.write_text(readme, encoding="utf-8")
     print(table)
 

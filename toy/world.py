@@ -36,7 +36,6 @@ GRID = 4  # pixels between the places where a shape may start or turn round; in 
 _REACH = 1.2  # no shape reaches farther than this many radii from its centre
 # Pixels from the border at which a shape's centre turns round: its reach, rounded up to the grid.
 _WALLS = {size: math.ceil(_REACH * radius / GRID) * GRID for size, radius in SIZES.items()}
-_PIXELS = torch.arange(SIDE) + 0.5  # the middle of each
 
 
 class Thing(NamedTuple):
@@ -124,9 +123,10 @@ def _rgb(colours: tuple) -> Tensor:
 
 
 def _cover(shape: str, centres: Tensor, radius: float) -> Tensor:
-    """Share of each pixel that a shape covers, (frames, 64, 64), from the signed distance to its edge."""
-    dx = _PIXELS - centres[:, 0, None, None]  # (frames, 1, 64)
-    dy = _PIXELS[:, None] - centres[:, 1, None, None]  # (frames, 64, 1)
+    """Share of each pixel that a shape covers, (..., 64, 64), by its distance from the edge; centres: (..., 2)."""
+    pixels = torch.arange(SIDE, device=centres.device) + 0.5  # the middle of each
+    dx = pixels - centres[..., 0, None, None]  # (..., 1, 64)
+    dy = pixels[:, None] - centres[..., 1, None, None]  # (..., 64, 1)
     if shape == "circle":
         distance = (dx**2 + dy**2).sqrt() - radius
     elif shape == "square":
@@ -143,27 +143,52 @@ class Reading(NamedTuple):
     y: float
 
 
-def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
-    """Find the shapes of a clip (3, N, 64, 64): for each frame, colour → shape, size and centre.
+class Readings(NamedTuple):
+    """What is seen of each colour in each frame, all (B, N, 8) in the order of `COLOURS`, on the CPU."""
 
-    A pixel belongs to the nearest colour, if that is near enough. Colours with fewer than `least` pixels are left out.
+    seen: Tensor  # bool
+    shape: Tensor  # index into SHAPES
+    size: Tensor  # index into SIZES
+    x: Tensor  # centre of mass, pixels; NaN where nothing has that colour
+    y: Tensor
+
+
+def measure(videos: Tensor, least: int = 25) -> Readings:
+    """Find the shapes of clips (B, 3, N, 64, 64), frame by frame, on the clips' device.
+
+    A pixel belongs to the nearest colour, if that is near enough. Colours with fewer than `least` pixels are not seen.
+    Shape and size are those that overlap the pixels of a colour best when drawn at their centre.
     """
-    palette = _rgb(tuple(COLOURS.values()))[:, :, None, None, None]
-    distance = (video.float() - palette).square().sum(1)  # (8, N, 64, 64)
-    nearest = torch.where(distance.amin(0) < 0.35, distance.argmin(0), -1)
-    masks = {colour: (nearest == index).float() for index, colour in enumerate(COLOURS)}  # (N, 64, 64)
-    frames = range(len(nearest))
-    return [{c: _reading(mask[n]) for c, mask in masks.items() if mask[n].sum() >= least} for n in frames]
+    parts = [Readings(*(x.cpu() for x in _measured(part, least))) for part in videos.split(16)]  # bounds the memory
+    return Readings(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _reading(mask: Tensor) -> Reading:
-    """Centre of the pixels (64, 64) of one colour, and the shape and size that overlap them best when drawn there."""
-    x, y = (((mask.sum(dim) * _PIXELS).sum() / mask.sum()).item() for dim in (0, 1))
-    overlaps = {}
-    for shape, size in product(SHAPES, SIZES):
-        drawn = _cover(shape, torch.tensor([[x, y]]), SIZES[size])[0]
-        overlaps[shape, size] = (torch.minimum(drawn, mask).sum() / torch.maximum(drawn, mask).sum()).item()
-    return Reading(*max(overlaps, key=overlaps.get), x, y)
+def _measured(videos: Tensor, least: int) -> Readings:
+    device = videos.device
+    palette = _rgb(tuple(COLOURS.values())).to(device)[:, :, None, None, None]
+    distance = (videos.float()[:, None] - palette).square().sum(2)  # (B, 8, N, 64, 64)
+    nearest = torch.where(distance.amin(1) < 0.35, distance.argmin(1), -1)
+    mask = (nearest[:, :, None] == torch.arange(len(COLOURS), device=device)[:, None, None]).float()  # (B, N, 8, ...)
+    count, pixels = mask.sum((-1, -2)), torch.arange(SIDE, device=device) + 0.5
+    x, y = ((mask.sum(dim) * pixels).sum(-1) / count for dim in (-2, -1))
+    seen, overlaps = count >= least, torch.zeros(*count.shape, len(SHAPES) * len(SIZES), device=device)
+    centres, found = torch.stack([x, y], -1)[seen], mask[seen]  # of the few that are seen, (n, 2) and (n, 64, 64)
+    drawn = (_cover(shape, centres, radius) for shape, radius in product(SHAPES, SIZES.values()))
+    both = [(torch.minimum(d, found).sum((1, 2)), torch.maximum(d, found).sum((1, 2))) for d in drawn]
+    overlaps[seen] = torch.stack([shared / either for shared, either in both], -1)
+    best = overlaps.argmax(-1)
+    return Readings(seen, best // len(SIZES), best % len(SIZES), x, y)
+
+
+def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
+    """The shapes of one clip (3, N, 64, 64), as `measure` finds them: for each frame, colour → what is seen of it."""
+    seen, *rest = (values[0].tolist() for values in measure(video[None], least))
+    shapes, sizes = tuple(SHAPES), tuple(SIZES)
+    return [
+        {colour: Reading(shapes[rest[0][n][c]], sizes[rest[1][n][c]], rest[2][n][c], rest[3][n][c])
+         for c, colour in enumerate(COLOURS) if seen[n][c]}
+        for n in range(len(seen))
+    ]  # fmt: skip
 
 
 def write(folder: Path | str, count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> None:

@@ -53,6 +53,7 @@ class Preset:
     steps: int = 30
     shift: float = 5.0
     guidance: float = 3.0
+    history_guidance: float = 1.0  # away from the video without its conditions; 1: off
     noise: float | None = None  # m of every condition; None: the default of each task
     strength: float = 1.4  # of a LoRA for which the user names none
     boundary: float = 0.875  # with two experts, the low-noise one takes the steps where every frame's tau is below this
