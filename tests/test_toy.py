@@ -1,7 +1,6 @@
 """The embedded model: small, whole, the same in diffusers as here, and trained to what the README says of it."""
 
 import dataclasses
-import statistics
 from pathlib import Path
 
 import pytest
@@ -43,8 +42,9 @@ def pusa():
 
 @pytest.fixture(scope="module")
 def judged():
-    """The model with its LoRA, as it is judged, which knows the prompts of all scenes below."""
-    return judge.base_and_pusa(str(MODEL), SCENES + PAIRS)[1]
+    """The model with its LoRA, as it is judged, and the scenes that it is judged on."""
+    bench = judge.Judge(checkpoint.open(MODEL, Wan), SCENES)
+    return bench, bench.transformer(LORA)
 
 
 @pytest.fixture(scope="module")
@@ -126,32 +126,50 @@ def test_diffusers_reads_the_lora_as_we_do(pipe, pusa):
 # How good it is, loosely: `python -m toy.judge` measures it.
 
 
-@torch.no_grad()
-def test_prompts_are_followed(judged, truth):
-    videos = judge.generate(judged, SCENES, truth, "t2v")
-    assert sum(map(judge.as_prompted, SCENES, videos)) >= len(SCENES) - 1
+def test_prompts_are_followed(judged):
+    bench, pusa = judged
+    assert judge.as_prompted(SCENES, world.measure(bench.videos(pusa, "t2v"))).sum() >= len(SCENES) - 1
 
 
-@torch.no_grad()
-def test_two_shapes_get_their_own_words_more_often_than_by_chance(judged):
-    videos = judge.generate(judged, PAIRS, torch.stack([world.render(scene) for scene in PAIRS]), "t2v")
+def test_two_shapes_get_their_own_words_more_often_than_by_chance():
+    bench = judge.Judge(checkpoint.open(MODEL, Wan), PAIRS)
+    videos = bench.videos(bench.transformer(LORA), "t2v")
     # Eight as measured; a model that mixes the words up has one.
-    assert sum(map(judge.as_prompted, PAIRS, videos)) >= 6
+    assert judge.as_prompted(PAIRS, world.measure(videos)).sum() >= 6
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(("name", "given"), [("i2v", 1), ("extend", 13)])
 def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, judged, truth):
-    videos = judge.generate(judged, SCENES, truth, name)
-    for video, clip in zip(videos, truth, strict=True):
-        assert judge.psnr(video[:, :given], clip[:, :given]) > 28
-    assert sum(map(judge.held_to_the_end, SCENES, videos)) >= len(SCENES) - 1
+    bench, pusa = judged
+    videos = bench.videos(pusa, name)
+    assert (judge.psnr(videos[:, :, :given], truth[:, :, :given]) > 28).all()
+    readings = world.measure(videos)
+    assert judge.held_to_the_end(SCENES, readings).sum() >= len(SCENES) - 1
     if name == "extend":
-        frames = range(given, world.FRAMES)
-        errors = [
-            e for scene, video in zip(SCENES, videos, strict=True) for e in judge.centroid_errors(scene, video, frames)
-        ]
-        assert statistics.median(errors) <= 3
+        assert judge.centroid_errors(SCENES, readings, judge.DETERMINED[name]).median() <= 3
+
+
+def test_conditions_are_those_that_a_user_has():
+    """What the judge gives to each task is the true clip at the conditions' places, and nothing of the rest."""
+    bench = judge.Judge(checkpoint.open(MODEL, Wan), SCENES[:1])
+    still = lambda z, tau, keys: torch.full_like(z, torch.nan)  # noqa: E731  what is not given becomes NaN
+    for name in judge.DETERMINED:
+        still.prompt_keys = lambda context: None
+        latents = bench.latents(still, name)
+        given = [position for slot in bench.plan(name).given for position in slot.positions]
+        assert torch.equal(~latents.isnan().all((0, 1, 3, 4)), torch.isin(torch.arange(9), torch.tensor(given))), name
+
+
+def test_a_clip_is_judged_by_its_own_scene():
+    truth = torch.stack([world.render(scene) for scene in SCENES + PAIRS])
+    readings, frames = world.measure(truth), range(33)
+    assert judge.as_prompted(SCENES + PAIRS, readings).all() and judge.held_to_the_end(SCENES + PAIRS, readings).all()
+    assert judge.centroid_errors(SCENES + PAIRS, readings, frames).max() < 1
+    others = SCENES[1:] + SCENES[:1]
+    assert not judge.as_prompted(others, readings).any()
+    assert judge.centroid_errors(others, readings, frames).median() > 3
+    gone = world.measure(torch.zeros(1, 3, 33, 64, 64))
+    assert judge.centroid_errors(SCENES[:1], gone, frames).eq(64).all()
 
 
 @torch.no_grad()
@@ -180,12 +198,12 @@ def test_it_is_what_sample_py_runs_without_flags(tmp_path):
 
 def test_a_stage_with_a_result_is_skipped_and_one_that_was_stopped_goes_on(tmp_path, monkeypatch):
     begun, config = [], TrainConfig(out=str(tmp_path))
-    monkeypatch.setattr(grow, "train", lambda config: begun.append(config.resume))
-    grow.train_or_resume(config, tmp_path / "result")
+    monkeypatch.setattr(grow, "train", lambda config, data: begun.append(config.resume))
+    grow.train_or_resume(config, None, tmp_path / "result")
     (tmp_path / "settings.json").touch()
-    grow.train_or_resume(config, tmp_path / "result")
+    grow.train_or_resume(config, None, tmp_path / "result")
     (tmp_path / "result").touch()
-    grow.train_or_resume(config, tmp_path / "result")
+    grow.train_or_resume(config, None, tmp_path / "result")
     assert begun == [False, True]
 
 

@@ -46,8 +46,9 @@ class TinyConfig:
     clips: int = cli.option(6000, "training clips")
     vae_steps: int = cli.option(3600, "steps of the VAE")
     base_steps: int = cli.option(13000, "steps of the text-to-video base")
-    lora_steps: int = cli.option(800, "steps of the Pusa LoRA")
+    lora_steps: int = cli.option(4000, "steps of the Pusa LoRA")
     compile: bool = cli.option(False, "compile the networks: faster, needs a C++ compiler")
+    device: str | None = cli.option(None, "device of base and LoRA (default: a GPU if there is one)")
 
 
 def grow(config: TinyConfig) -> None:
@@ -68,6 +69,7 @@ def grow(config: TinyConfig) -> None:
     pretraining = TrainConfig(
         data=str(work), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
         shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
+        device=config.device,
     )  # fmt: skip
     train_or_resume(pretraining, data, base / "model_index.json")  # which is written last
     if not pusa.exists():  # so what is in `out` may come from an earlier growth
@@ -77,8 +79,8 @@ def grow(config: TinyConfig) -> None:
         checkpoint.save_preset(out, PRESET)
         checkpoint.save_pipeline(out, *parts, PRESET.shift, dtypes)
     finetuning = TrainConfig(
-        data=str(work), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
-        compile=config.compile,
+        data=str(work), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=64, lr=1e-3,
+        two_levels=True, compile=config.compile, device=config.device,
     )  # fmt: skip
     train_or_resume(finetuning, data, pusa)
     pairs = lora.load(pusa).pairs.items()

@@ -27,7 +27,6 @@ DETERMINED = {
     "complete": range(14, 19), "transition": range(14, 19), "keyframes": range(1, 32),
 }  # fmt: skip
 _AT = (0, 4, 8)  # latent frames of the key frames
-BATCH = 64  # clips at a time
 
 
 class Judge:
@@ -35,6 +34,7 @@ class Judge:
 
     def __init__(self, opened: checkpoint.Opened, scenes: Sequence[world.Scene], device: str = "cpu"):
         self.opened, self.scenes, self.device = opened, list(scenes), device
+        self.batch = 256 if device.startswith("cuda") else 32  # clips at a time
         self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype("auto", device)
         with torch.device(device):
             self.truth = torch.stack([world.render(scene) for scene in self.scenes])
@@ -66,7 +66,7 @@ class Judge:
         generator, made = torch.Generator().manual_seed(seed), []
         shape = len(self.scenes), 16, len(plan.m), world.SIDE // 8, world.SIDE // 8
         noise = torch.randn(shape, generator=generator)
-        for x1, context, truth in zip(*(x.split(BATCH) for x in (noise, self.context, self.truth)), strict=True):
+        for x1, context, truth in zip(*(x.split(self.batch) for x in (noise, self.context, self.truth)), strict=True):
             x1, negative = x1.to(self.device), self.negative.expand(len(x1), -1, -1)
             x0 = sample.conditions(self.vae, plan, self._inputs(task, plan, truth), x1)
             led = preset.guidance, preset.history_guidance, given, x1
@@ -77,7 +77,7 @@ class Judge:
     def videos(self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings) -> Tensor:
         """The clips (B, 3, N, 64, 64) of `latents`, in [-1, 1]."""
         latents = self.latents(network, task, seed, taus, **settings)
-        return torch.cat([self.vae.decode(part).float() for part in latents.split(BATCH)])
+        return torch.cat([self.vae.decode(part).float() for part in latents.split(self.batch)])
 
     @staticmethod
     def plan(task: str) -> tasks.Plan:
@@ -189,7 +189,8 @@ def evaluate(judge: Judge, change: Path, seeds: Sequence[int], history: float) -
             mean, std = spread.mean(0).tolist(), spread.std(0, correction=0).tolist()
             told = " / ".join(f"{a:.1f} ± {b:.1f}" for a, b in zip(mean, std, strict=True))
             rows.setdefault(what, []).append(told)
-    kept = torch.cat([psnr(judge.vae.decode(judge.vae.encode(clip)), clip) for clip in judge.truth.split(BATCH)]).mean()
+    batches = judge.truth.split(judge.batch)
+    kept = torch.cat([psnr(judge.vae.decode(judge.vae.encode(clips)), clips) for clips in batches]).mean()
     head = ["what | unit", "LoRA off", "with the LoRA", f"and history guidance {history:g}"]
     lines = [head, ["---"] * 5, ["VAE: reconstruction (PSNR) | dB", f"{kept:.1f}", "the same", "the same"]]
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *([what, *told] for what, told in rows.items())])
