@@ -67,6 +67,8 @@ class SampleConfig:
     preset: str | None = cli.option(None, "other defaults, for a LoRA that needs few steps", choices=tuple(DISTILLED))
     steps: int | None = cli.option(None, "sampling steps K (default: the model's)", (1, 1e9, "at least 1"))
     guidance: float | None = cli.option(None, "guidance; 1 runs the model once a step (default: its own)", _GUIDANCE)
+    history_guidance: float | None = cli.option(None, "guidance away from the video without its conditions; 1 is off "
+                                                "(default: the model's)", _GUIDANCE)  # fmt: skip
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
     boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SIGMA)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
@@ -225,8 +227,8 @@ class Experts:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of the transformer, and of the guided velocity, which holds the keys and values of a prompt."""
-        self.name = self.transformer = self.prompt = self.velocity = None
+        """Let go of the transformer."""
+        self.name = self.transformer = None
 
     def load(self, name: str) -> Wan:
         """The "high" or "low" transformer with its LoRAs merged; the other one is let go of first."""
@@ -244,25 +246,26 @@ class Experts:
             self.name, self.transformer = name, transformer
         return self.transformer
 
-    def _guided(self, prompt: str, expert: str, guidance: float) -> flow.Velocity:
-        """The guided velocity of an expert, made once for as long as prompt and expert stay."""
+    def _guided(self, prompt: str, expert: str, guidance: float, given: Sequence[int], x1: Tensor) -> flow.Velocity:
+        """The guided velocity of an expert for one clip, whose noise is x1 (1, 16, F, H, W)."""
         transformer = self.load(expert)
-        if self.velocity is None or self.prompt != prompt:
-            self.velocity = None
-            contexts = (self.context([text]).to(self.config.device) for text in (prompt, self.config.negative_prompt))
-            self.velocity, self.prompt = guided_velocity(transformer, *contexts, guidance), prompt
-        return self.velocity
+        contexts = (self.context([text]).to(self.config.device) for text in (prompt, self.config.negative_prompt))
+        return guided_velocity(transformer, *contexts, guidance, self.config.history_guidance, given, x1)
 
-    def walk(self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, on_step: flow.OnStep = None) -> Tensor:
-        """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts, by one expert after the other."""
-        z = [None] * len(prompts)
-        for expert, guidance, part in legs(self.config, taus):
+    def walk(
+        self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, given: Sequence[int] = (),
+        on_step: flow.OnStep = None,
+    ) -> Tensor:  # fmt: skip
+        """From conditions x0, at the latent frames `given`, and noise x1 (B, 16, F, H, W) to latents, for B prompts."""
+        z: list[Tensor | None] = [None] * len(prompts)
+        for expert, guidance, part in legs(self.config, taus):  # one expert after the other
             for i, prompt in enumerate(prompts):
                 # A velocity with a name here would keep its transformer in memory while the next one is loaded.
+                how = prompt, expert, guidance, given, x1[i, None]
                 if z[i] is None:
-                    z[i] = flow.denoise(self._guided(prompt, expert, guidance), x0[i, None], x1[i, None], part, on_step)
+                    z[i] = flow.denoise(self._guided(*how), x0[i, None], x1[i, None], part, on_step)
                 else:
-                    z[i] = flow.euler(self._guided(prompt, expert, guidance), z[i], part, on_step)
+                    z[i] = flow.euler(self._guided(*how), z[i], part, on_step)
         return torch.cat(z)
 
 
@@ -282,7 +285,8 @@ def generate(
         for plan, taus in zip(job.plans, job.taus, strict=True):
             x1 = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(config.device)
             x0 = conditions(vae, plan, inputs, x1) if made is None else carried_over(vae, made, job, x1)
-            z = experts.walk(experts.prompts[group], x0, x1, taus, on_step)
+            given = [position for slot in plan.given for position in slot.positions]
+            z = experts.walk(experts.prompts[group], x0, x1, taus, given, on_step)
             made = z if made is None else joined(made, z, job)
         yield from made.split(1)
 
@@ -329,6 +333,11 @@ def guided_velocity(
         return led
 
     return velocity
+
+
+def passes_a_step(guidance: float, history: float) -> int:
+    """How often `guided_velocity` runs the model."""
+    return 1 + (guidance != 1) + (history not in (1, guidance))
 
 
 def carried_over(vae: nn.Module, made: Tensor, job: Job, like: Tensor) -> Tensor:
@@ -435,7 +444,8 @@ def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
     """The memory and time that a run would take, in words."""
     width, height = cli.parse_size(config.size)
     walks = [leg for taus in job.taus for leg in legs(config, taus)]
-    passes = sum((len(part) - 1) * (1 if guidance == 1 else 2) for _, guidance, part in walks)
+    history = config.history_guidance if job.plans[0].given else 1
+    passes = sum((len(part) - 1) * passes_a_step(guidance, history) for _, guidance, part in walks)
     passes *= len(dataset.read_prompts(config.prompts)) if config.prompts else 1
     parts = opened.outline()
     decoding = parts[1].decoding_bytes(job.F, height, width) + 3 * 4 * tasks.pixel_frames(job.F) * width * height

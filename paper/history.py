@@ -13,17 +13,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from paper.lab import Lab, Row
+from sample import passes_a_step
 from support import cli
 
 TASKS = ("i2v", "start-end", "extend", "complete")
 # (w_c, w_h): one pass; then two, by the prompt, by the history, by both together; then three.
 WEIGHTS = ((1, 1), (3, 1), (1, 2), (1, 3), (1, 5), (2, 2), (3, 3), (2, 3), (3, 2), (3, 5))
-
-
-def passes(weights: tuple[float, float]) -> int:
-    """How often the network runs in a step."""
-    prompt, history = weights
-    return 1 + (prompt != 1) + (history not in (1, prompt))
 
 
 def measure(lab: Lab) -> None:
@@ -36,14 +31,14 @@ def measure(lab: Lab) -> None:
 
 def best(lab: Lab, task: str, count: int) -> tuple[float, float]:
     """The weights with the smallest error at this many passes."""
-    return min((w for w in WEIGHTS if passes(w) == count), key=lambda w: lab.middle(f"{task} {w[0]} {w[1]}"))
+    return min((w for w in WEIGHTS if passes_a_step(*w) == count), key=lambda w: lab.middle(f"{task} {w[0]} {w[1]}"))
 
 
 def draw(lab: Lab, path: Path) -> None:
     figure, axes = plt.subplots(1, len(TASKS), figsize=(10, 3.6), sharey=False, layout="constrained")
     for axis, task in zip(axes, TASKS, strict=True):
         names = [f"{task} {a} {b}" for a, b in WEIGHTS]
-        colours = [("tab:gray", "tab:blue", "tab:orange")[passes(w) - 1] for w in WEIGHTS]
+        colours = [("tab:gray", "tab:blue", "tab:orange")[passes_a_step(*w) - 1] for w in WEIGHTS]
         axis.barh(range(len(names)), [lab.middle(n) for n in names], xerr=[lab.spread(n) for n in names], color=colours)
         axis.set_yticks(range(len(names)), [f"{a:g}, {b:g}" for a, b in WEIGHTS])
         axis.invert_yaxis()

@@ -280,6 +280,37 @@ def test_guidance_is_linear_in_the_scale(model):
 # What a condition sees, and what becomes of it.
 
 
+@torch.no_grad()
+def test_history_guidance_leads_away_from_the_video_without_its_conditions():
+    """v = v(c, h) + (w_c - 1) [v(c, h) - v(∅, h)] + (w_h - 1) [v(c, h) - v(c, ∅)], and equal weights share a run."""
+    calls = []
+
+    class Network:
+        def prompt_keys(self, context):
+            return context
+
+        def __call__(self, z, tau, keys):
+            calls.append(None)
+            return z * (1 + tau[:, None, :, None, None]) + keys.mean()
+
+    z, x1 = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 16, 3, 4, 4)
+    tau, c, away = torch.tensor([[0.2, 0.9, 0.9]]).expand(2, -1), torch.ones(2, 4, 8), torch.zeros(2, 4, 8)
+    free, free_tau = torch.cat([x1[:, :, :1], z[:, :, 1:]], 2), torch.tensor([[1.0, 0.9, 0.9]]).expand(2, -1)
+    network = Network()
+    v, unprompted, unconditioned = network(z, tau, c), network(z, tau, away), network(free, free_tau, c)
+    neither = network(free, free_tau, away)
+    for weights, expected in (
+        ((1, 1), v), ((3, 1), unprompted + 3 * (v - unprompted)), ((1, 2), v + (v - unconditioned)),
+        ((3, 2), unprompted + 3 * (v - unprompted) + (v - unconditioned)), ((3, 3), neither + 3 * (v - neither)),
+    ):  # fmt: skip
+        calls.clear()
+        led = sample.guided_velocity(network, c, away, *weights, [0], x1)(z, tau)
+        torch.testing.assert_close(led, expected)
+        assert len(calls) == sample.passes_a_step(*weights)
+    nothing_given = sample.guided_velocity(network, c, away, 3, 3, [], x1)(z, tau)
+    torch.testing.assert_close(nothing_given, unprompted + 3 * (v - unprompted))
+
+
 @pytest.mark.parametrize(
     ("task", "hidden"),
     [("complete", slice(5, 16)), ("extend", slice(0, 12)), ("prepend", slice(17, 25)), ("stream", slice(0, 12))],
