@@ -10,7 +10,10 @@ from pathlib import Path
 from paper import lab
 from support import cli
 
-CLAIMS = ("efficiency", "quality", "zero_shot", "preservation", "ablation", "mechanism", "schedules", "price", "vector")
+CLAIMS = (
+    "efficiency", "quality", "zero_shot", "preservation", "ablation", "mechanism", "schedules", "price", "vector",
+    "history", "stream",  # beyond the paper
+)  # fmt: skip
 
 
 def main() -> None:

@@ -95,17 +95,19 @@ class Judge:
         return [tasks.cut(slot, (images if slot.source == "image" else videos)[slot.index]) for slot in plan.given]
 
 
-def centroid_errors(scenes: Sequence[world.Scene], readings: world.Readings, frames: range) -> Tensor:
+def centroid_errors(
+    scenes: Sequence[world.Scene], readings: world.Readings, frames: range, true: range | None = None
+) -> Tensor:
     """Distance in pixels of the shapes from their true places, (B, frames), the mean over a scene's shapes.
 
-    A shape that is not seen counts as 64 px away.
+    A shape that is not seen counts as 64 px away. true: which frames of the scene these are, if they are not the same.
     """
-    colours, frames, errors = list(world.COLOURS), list(frames), []
+    colours, frames, errors, times = list(world.COLOURS), list(frames), [], list(true or frames)
     for b, scene in enumerate(scenes):
         each = []
         for thing in scene.things:
-            c, true = colours.index(thing.colour), world.positions(thing)[frames]
-            distance = torch.hypot(readings.x[b, frames, c] - true[:, 0], readings.y[b, frames, c] - true[:, 1])
+            c, place = colours.index(thing.colour), world.positions(thing, times[-1] + 1)[times]
+            distance = torch.hypot(readings.x[b, frames, c] - place[:, 0], readings.y[b, frames, c] - place[:, 1])
             each.append(torch.where(readings.seen[b, frames, c], distance, float(world.SIDE)))
         errors.append(torch.stack(each).mean(0))
     return torch.stack(errors)
