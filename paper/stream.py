@@ -25,7 +25,9 @@ from toy.judge import centroid_errors
 
 SECONDS = (1, 2, 4, 8, 15, 22, 30)
 # Arguments of `flow.roll`: how many recent frames are seen, and whether the first is.
-METHODS = {"windows": None, "roll, 4 and the first": (4, True), "roll, 6 and the first": (6, True), "roll, 5": (5, False)}
+METHODS = {
+    "windows": None, "ramp, 4 and the first": (4, True), "ramp, 6 and the first": (6, True), "ramp, 5": (5, False),
+}  # fmt: skip
 KINDS = {"colours": "colours right", "shapes": "shapes right", "sizes": "sizes right", "error": "error of position, px",
          "background": "error of the background, 0 to 255"}  # fmt: skip
 GIVEN = 4  # latent frames
@@ -67,8 +69,9 @@ def drift(lab: Lab, network: Wan, method: str, seed: int) -> dict[str, Tensor]:
 
 
 def generate(
-    lab: Lab, network: Wan, how: tuple[int, bool] | None, truth: Tensor, led: tuple[Tensor, Tensor, float], generator: Generator
-) -> Tensor:
+    lab: Lab, network: Wan, how: tuple[int, bool] | None, truth: Tensor, led: tuple[Tensor, Tensor, float],
+    generator: Generator,
+) -> Tensor:  # fmt: skip
     """Latents (B, 16, F, H, W) that go on from the first GIVEN of the true clips, by `flow.roll` or by windows."""
     vae, preset, window = lab.judge.vae, lab.judge.preset, 9
     height, width = truth.shape[3] // 8, truth.shape[4] // 8
