@@ -421,7 +421,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
 
 def main() -> None:
     config = cli.parse(TrainConfig, __doc__)
-    with distributed.process_group(config.device) as device:
+    with distributed.process_group(cli.pick_device(config.device)) as device:
         (rehearse if config.dry_run else train)(replace(config, device=device))
 
 

@@ -117,7 +117,8 @@ def write_model(folder: Path) -> Path:
         transformer.head.head.weight.mul_(3)
         vae.conv1.weight[:16].mul_(8)
         vae.decoder.head[2].weight.mul_(2)
-    checkpoint.save_pipeline(folder, transformer, vae, encoder, tokenizer, PRESET.shift)
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer}
+    checkpoint.save_pipeline(folder, parts, PRESET.shift)
     checkpoint.save_preset(folder, PRESET)
     lora.save(folder / "lora.safetensors", random_lora(transformer, seed=1), base="small")
     return folder

@@ -28,7 +28,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from support import cache
 from support.cli import fits, replacing, write_json
-from wan import configs, files, names, text
+from wan import files, names, text
 from wan.vae import VAEConfig, WanVAE
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # what has weights; the second is the low-noise expert
@@ -84,14 +83,17 @@ class Diffusers:
     suffix, tokenizer = "-Diffusers", "tokenizer/tokenizer.json"
 
     def __init__(self, folder: Path):
-        self.folder, index = folder, folder / "model_index.json"
+        self.folder = folder
         # The index lists each part as [library, class], and as [null, null] if it is not there.
-        listed = _json(index).get("transformer_2") if index.is_file() else None
+        listed = _json(folder / "model_index.json").get("transformer_2")
         self.two_experts = isinstance(listed, list) and any(listed)
 
     def part(self, part: str) -> Part:
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        return Part(_shards(self.folder, f"{part}/{stem}"), f"{part}/config.json", True)
+        return Part(_shards(self.folder, f"{part}/{_stem(part)}"), f"{part}/config.json", True)
+
+
+def _stem(part: str) -> str:
+    return "model" if part == "text_encoder" else "diffusion_pytorch_model"
 
 
 class Original:
@@ -190,12 +192,11 @@ class Opened:
     def preset(self) -> Preset:
         """What `sampling.json` says, and else what is published for such a model. ValueError for bad entries."""
         preset = Preset() if self.published == SMALL else Preset(size=(1280, 720))
-        index = self.folder / "model_index.json"
-        boundary = _json(index).get("boundary_ratio") if index.is_file() else None
+        boundary = _json(self.folder / "model_index.json").get("boundary_ratio")
         if fits(boundary, float):
             preset = replace(preset, boundary=boundary)
         path, kinds = self.folder / "sampling.json", {field.name: field.type for field in fields(Preset)}
-        entries = _json(path) if path.is_file() else {}
+        entries = _json(path)
         if unknown := sorted(entries.keys() - kinds.keys()):
             raise ValueError(f"{path} has {unknown}, expected only the fields of checkpoint.Preset; remove them")
         for name, value in entries.items():
@@ -210,10 +211,7 @@ class Opened:
         if self.two_experts:
             return TWO_EXPERTS
         name = self.layout.part("transformer").config
-        if name is None:
-            layers = configs.layers(self._stored("transformer"))
-        else:
-            layers = _json(self.folder / name).get("num_layers") if (self.folder / name).is_file() else None
+        layers = _json(self.folder / name).get("num_layers") if name else files.layers(self._stored("transformer"))
         return LARGE if layers == 40 else SMALL
 
     def fetch(self, parts: Iterable[str] = PARTS) -> None:
@@ -292,7 +290,7 @@ class Opened:
         if name is None:  # all sizes are in the shapes of the part's tensors
             class_name, shapes = None, {key: tensor.shape for key, tensor in self._stored(part).items()}
             try:
-                measured = configs.from_shapes(part, shapes)
+                measured = files.from_shapes(part, shapes)
             except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
                 reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else error
                 found = f"the weights in {self.folder / weights[0]} are not Wan2.1's ({reason})"
@@ -301,11 +299,11 @@ class Opened:
         else:
             path = self._need(name)
             theirs = _json(path)
-            config = _checked(config_class, configs.from_diffusers(part, theirs) if renamed else theirs, path)
+            config = _checked(config_class, files.from_diffusers(part, theirs) if renamed else theirs, path)
             class_name = theirs.get("_class_name")
             if part == "vae" and (theirs.get("is_residual") or class_name not in (None, "AutoencoderKLWan")):
                 raise ValueError(f"{path} is not a Wan2.1 VAE (AutoencoderKLWan without is_residual); {self._advice()}")
-        if part.startswith("transformer") and (kind := configs.other_kind(config, class_name)):
+        if part.startswith("transformer") and (kind := files.other_kind(config, class_name)):
             expected = "expected a text-to-video (T2V) model: it serves every task here"
             raise ValueError(f"{self.name} is {kind}, {expected}; use {SMALL}, {LARGE} or {TWO_EXPERTS}")
         return config
@@ -391,16 +389,14 @@ class Opened:
 
         expert: which of two ("high" or "low") `transformer` is; the other stays. boundary: None for the preset's.
         """
-        experts, preset = {expert or "high": transformer}, self.preset
-        if expert:
-            other = "low" if expert == "high" else "high"
-            experts[other] = self.transformer(expert=other)
-        if boundary is not None:
-            preset = replace(preset, boundary=boundary)
-        save_pipeline(
-            folder, experts["high"], self.vae(), text_encoder or self.text_encoder(), self.tokenizer(), preset.shift,
-            transformer_2=experts.get("low"), boundary=preset.boundary,
-        )  # fmt: skip
+        preset = self.preset if boundary is None else replace(self.preset, boundary=boundary)
+        parts = {"transformer": transformer, "vae": self.vae(), "tokenizer": self.tokenizer()}
+        parts["text_encoder"] = text_encoder or self.text_encoder()
+        if expert == "high":
+            parts["transformer_2"] = self.transformer(expert="low")
+        elif expert == "low":
+            parts |= {"transformer": self.transformer(), "transformer_2": transformer}
+        save_pipeline(folder, parts, preset.shift, boundary=preset.boundary)
         save_preset(folder, preset)
 
 
@@ -474,6 +470,9 @@ def _checked(config_class: type, values: dict, path: Path) -> Any:
 
 
 def _json(path: Path) -> dict:
+    """The object in a JSON file; an empty one if there is no file."""
+    if not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -505,17 +504,10 @@ def save_preset(folder: str | Path, preset: Preset) -> None:
 
 
 def save_pipeline(
-    folder: str | Path,
-    transformer: nn.Module | None = None,
-    vae: WanVAE | None = None,
-    text_encoder: text.UMT5Encoder | None = None,
-    tokenizer: text.Tokenizer | tokenizers.Tokenizer | None = None,
-    shift: float = 5.0,
-    dtype: Mapping[str, torch.dtype] | None = None,
-    transformer_2: nn.Module | None = None,
+    folder: str | Path, parts: Mapping[str, Any], shift: float = 5.0, dtype: Mapping[str, torch.dtype] | None = None,
     boundary: float = Preset.boundary,
-) -> None:
-    """Write the parts that are given as a -Diffusers folder; parts that are there and not given stay as they are.
+) -> None:  # fmt: skip
+    """Write parts, by the names of `PARTS` and "tokenizer", as a -Diffusers folder; what is there of others stays.
 
     `dtype`: which parts are stored in another type, such as `{"vae": torch.float16}`. ValueError for an unknown part.
     `model_index.json` and `scheduler/` are written only with a transformer; name both where there are two experts.
@@ -523,22 +515,20 @@ def save_pipeline(
     folder, dtype = Path(folder), dtype or {}
     if unknown := dtype.keys() - set(PARTS):
         raise ValueError(f"got a dtype for {sorted(unknown)}, expected one for {', '.join(PARTS)}")
+    tokenizer, transformer = parts.get("tokenizer"), parts.get("transformer")
     if tokenizer is not None:
         text_len = getattr(tokenizer, "text_len", None) or (transformer.config.text_len if transformer else 512)
         for name, content in text.tokenizer_files(getattr(tokenizer, "tokenizer", tokenizer), text_len).items():
             with replacing(folder / "tokenizer" / name) as path:
                 path.write_text(content, encoding="utf-8")
-    models = {"transformer": transformer, "transformer_2": transformer_2, "vae": vae, "text_encoder": text_encoder}
-    for part, model in models.items():
-        if model is not None:
-            table, state = names.of_part(part, model.config), {}
-            for name, tensor in model.state_dict().items():
-                state[names.rename(name, table)] = tensor.to("cpu", dtype.get(part)).contiguous()
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            with replacing(folder / part / f"{stem}.safetensors") as path:
-                save_file(state, path, metadata={"format": "pt"})
-            write_json(folder / part / "config.json", configs.to_diffusers(part, model.config))
+    for part in (part for part in PARTS if part in parts):
+        model, table = parts[part], names.of_part(part, parts[part].config)
+        state = {names.rename(name, table): tensor for name, tensor in model.state_dict().items()}
+        state = {name: tensor.to("cpu", dtype.get(part)).contiguous() for name, tensor in state.items()}
+        with replacing(folder / part / f"{_stem(part)}.safetensors") as path:
+            save_file(state, path, metadata={"format": "pt"})
+        write_json(folder / part / "config.json", files.to_diffusers(part, model.config))
     if transformer is not None:
         both = {"transformer_2": _INDEX["transformer"], "boundary_ratio": boundary}
         write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": shift})
-        write_json(folder / "model_index.json", {**_INDEX, **(both if transformer_2 else {})})
+        write_json(folder / "model_index.json", _INDEX | (both if "transformer_2" in parts else {}))
