@@ -1013,6 +1013,22 @@ def test_only_what_is_needed_is_downloaded(copied, small, hub, monkeypatch):
     assert hub.tokens == {"Bearer hf_secret"}
 
 
+@pytest.mark.parametrize("name", [checkpoint.SMALL, checkpoint.LARGE, checkpoint.TWO_EXPERTS])
+@pytest.mark.parametrize("suffix", ["", "-Diffusers"])
+def test_a_published_model_is_rehearsed_without_network(hub, name, suffix):
+    """Its sizes ship with the code, and are those that its files say; one that is not published has to be asked for."""
+    found = checkpoint.open(name + suffix, Wan, rehearsal=True)
+    assert found.two_experts == (name == checkpoint.TWO_EXPERTS) and found.published == name
+    assert found.preset == Preset(size=(832, 480) if name == checkpoint.SMALL else (1280, 720))
+    transformer, vae, encoder = found.outline()
+    assert (vae.config, encoder.config) == (VAEConfig(), T5Config())
+    parameters = sum(p.numel() for p in transformer.parameters()) / 1e9
+    assert round(parameters, 2) == (1.42 if name == checkpoint.SMALL else 14.29)
+    assert hub.asked == []
+    with pytest.raises(ValueError, match="there is none, or it is private"):
+        checkpoint.open("someone/RepoNotFound", Wan, rehearsal=True)
+
+
 def test_two_experts_in_shards_are_downloaded(small, other, tmp_path, hub):
     folder = tmp_path / "remote"
     write_beside(folder, small)

@@ -182,6 +182,15 @@ def test_dry_run_prints_the_tau_table_and_writes_nothing(run, made):
     assert made() == []
 
 
+def test_dry_run_asks_whether_the_lora_is_there_and_fits(run, tmp_path, made):
+    mistake(run("--task", "t2v", "--dry-run", "--lora", tmp_path / "no.safetensors"), "no LoRA file at")
+    pair = lora.Pair(torch.ones(2, 9), torch.ones(9, 2))
+    lora.save(tmp_path / "wide.safetensors", lora.LoRA({"blocks.0.ffn.0": pair}))
+    result = run("--task", "t2v", "--dry-run", "--lora", tmp_path / "wide.safetensors")
+    mistake(result, "pair blocks.0.ffn.0 has A (2, 9)", "use a LoRA made for a model of this size")
+    assert made() == []
+
+
 def test_dry_run_shows_every_window(run):
     result = run("--task", "extend", "--dry-run", "--frames", 61)  # 16 latents: 7 + 3 + 3 + 3
     assert result.out.count("step |") == 4

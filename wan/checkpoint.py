@@ -66,6 +66,9 @@ class Preset:
 
 # The published text-to-video models; what Pusa samples them with differs in the size alone.
 SMALL, LARGE, TWO_EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.2-T2V-A14B"
+# Where their transformers differ from the defaults of `model.WanConfig`; VAE and text encoder are those of all three.
+_OF_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+SIZES = {SMALL: {}, LARGE: _OF_14B, TWO_EXPERTS: _OF_14B}
 
 
 class Part(NamedTuple):
@@ -127,6 +130,19 @@ class SingleFile:
         return Part([self.file.name]) if part == "transformer" else self.beside.part(part)
 
 
+class Absent:
+    """A published model of which nothing is here: enough for a rehearsal."""
+
+    tokenizer = Original.tokenizer
+
+    def __init__(self, name: str):
+        self.folder, self.published = Path(name), name.removesuffix(Diffusers.suffix)
+        self.suffix, self.two_experts = name.removeprefix(self.published), self.published == TWO_EXPERTS
+
+    def part(self, part: str) -> Part:
+        return Part([])
+
+
 def _layout(path: Path) -> Diffusers | Original | SingleFile:
     if path.is_file():
         return SingleFile(path)
@@ -149,11 +165,12 @@ def _shards(folder: Path, stem: str) -> list[str]:
     return [f"{stem}.safetensors"]
 
 
-def open(name: str | Path, network: type[nn.Module]) -> "Opened":
+def open(name: str | Path, network: type[nn.Module], rehearsal: bool = False) -> "Opened":
     """Find a model: a folder, a `.safetensors` file, or the name `owner/repository` of one on Hugging Face.
 
     network: the class of the transformer, `model.Wan`. A repository's descriptions are downloaded now, a few megabytes,
-    and its weights when their part is asked for. ValueError if there is no such model, or it is no text-to-video model.
+    and its weights when their part is asked for. For a rehearsal, which measures and loads nothing, the published
+    models need no network. ValueError if there is no such model, or it is no text-to-video model.
     """
     path, repository = Path(name), None
     if not (path.is_dir() or (path.is_file() and path.suffix == ".safetensors")):
@@ -162,8 +179,10 @@ def open(name: str | Path, network: type[nn.Module]) -> "Opened":
             expected = f"expected a folder, a .safetensors file or a Hugging Face repository such as {SMALL}"
             raise ValueError(f"got {name} as a model, {expected}")
         repository = str(name)
+        if rehearsal and repository.removesuffix(Diffusers.suffix) in SIZES:
+            return Opened(repository, Absent(repository), network, repository)
         path = _download(repository, ("*.json",))  # a star matches slashes too
-    opened = Opened(str(name), path, network, repository)
+    opened = Opened(str(name), _layout(path), network, repository)
     if repository:
         described = opened.layout.part("transformer").config
         if described is None or not (path / described).is_file():
@@ -178,15 +197,14 @@ class Opened:
     `dtype` of a part is the type to hold it in; None keeps the stored one. All parts are in evaluation mode.
     """
 
-    def __init__(self, name: str, path: Path, network: type[nn.Module], repository: str | None):
-        self.name, self.network, self.repository = name, network, repository
-        self.layout = _layout(path)
-        self.folder, self.two_experts = self.layout.folder, self.layout.two_experts
+    def __init__(self, name: str, layout: Any, network: type[nn.Module], repository: str | None):
+        self.name, self.layout, self.network, self.repository = name, layout, network, repository
+        self.folder, self.two_experts = layout.folder, layout.two_experts
 
     @cached_property
     def config(self) -> Any:
         """The sizes of the transformer, a `network.config_class`; with two experts, of the high-noise one."""
-        return self._config("transformer")
+        return self._described("transformer")
 
     @cached_property
     def preset(self) -> Preset:
@@ -208,6 +226,8 @@ class Opened:
     @cached_property
     def published(self) -> str:
         """The published model with as many experts and layers: what this one lacks is taken from there."""
+        if isinstance(self.layout, Absent):
+            return self.layout.published
         if self.two_experts:
             return TWO_EXPERTS
         name = self.layout.part("transformer").config
@@ -279,6 +299,8 @@ class Opened:
 
     def _described(self, part: str) -> Any:
         """The config of a part without looking at its weights: the published one where the layout has none."""
+        if part == "transformer" and isinstance(self.layout, Absent):
+            return self.network.config_class(**SIZES[self.published])
         if part == "transformer" or self.layout.part(part).config:
             return self._config(part)
         return VAEConfig() if part == "vae" else text.T5Config()
