@@ -59,10 +59,9 @@ class Memory(NamedTuple):
 
 def memory(
     network: type[nn.Module], config: Any, trainable: Callable[[nn.Module], list[nn.Parameter]],
-    recompute: Callable[[nn.Module], None] | None, shape: Sequence[int], stored: torch.dtype, dtype: torch.dtype,
-    gpus: int = 1,
-) -> Memory:  # fmt: skip
-    """What training takes on each GPU, which sees latents of `shape` (B, C, F, H, W) at a time.
+    recompute: Callable[[nn.Module], None], shape: Sequence[int], stored: torch.dtype, dtype: torch.dtype, gpus: int,
+) -> tuple[Memory, Memory]:  # fmt: skip
+    """What training takes on each GPU, which sees latents of `shape` (B, C, F, H, W) at a time: plain, and recomputed.
 
     Runs one and two layers of `network`, as all that is measured is linear in the layers. trainable(transformer) makes
     it ready and returns what is trained; recompute(transformer) turns on gradient checkpointing. Weights are held in
@@ -78,21 +77,20 @@ def memory(
             trained = trainable(transformer)
             autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
             forward = autocast(partial(_forward, transformer, shape))
-            plain = recomputed = saved_bytes(forward, transformer)
-            if recompute:
-                recompute(transformer)
-                recomputed = saved_bytes(forward, transformer)
+            plain = saved_bytes(forward, transformer)
+            recompute(transformer)
+            recomputed = saved_bytes(forward, transformer)
         frozen = sum(p.nbytes for p in transformer.parameters() if not p.requires_grad)
         sizes = [frozen, sum(p.nbytes for p in trained), len(trained), plain, recomputed]
         return torch.tensor(sizes, dtype=torch.float64)
 
     one, two = measure(1), measure(2)
-    frozen, trained, tensors, _, saved = (one + (config.num_layers - 1) * (two - one)).tolist()
+    frozen, trained, tensors, plain, recomputed = (one + (config.num_layers - 1) * (two - one)).tolist()
     block_frozen, block_trained, _, block_saved, _ = (two - one).tolist()
-    if recompute:
-        saved += block_saved  # what is inside a block is there for one block at a time
-    sharded = (frozen, trained, trained, 2 * trained + 4 * tensors)
-    return Memory(*(size / gpus for size in sharded), 2 * (block_frozen + block_trained) * (gpus > 1), saved)
+    sharded = [size / gpus for size in (frozen, trained, trained, 2 * trained + 4 * tensors)]
+    gathered = 2 * (block_frozen + block_trained) * (gpus > 1)
+    # Recomputed, what is inside a block is there for one block at a time.
+    return Memory(*sharded, gathered, plain), Memory(*sharded, gathered, recomputed + block_saved)
 
 
 def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
@@ -113,8 +111,7 @@ def training(
     those of `memory`.
     """
     trained = sum(p.numel() for p in outline.parameters() if p.requires_grad)
-    measure = partial(memory, type(outline), outline.config, trainable)
-    plain, thrifty = (measure(again, shape, stored, dtype, gpus) for again in (None, recompute))
+    plain, thrifty = memory(type(outline), outline.config, trainable, recompute, shape, stored, dtype, gpus)
     rows = zip((*Memory._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
     return "\n".join([
         f"{trained / 1e6:.2f} M trainable parameters, {(_count(outline) - trained) / 1e6:.2f} M frozen",

@@ -63,12 +63,11 @@ def test_the_memory_model_is_what_a_real_step_takes(full, dtype):
     """Counted tensors exactly; activations exactly too, and with checkpointing those of one block come on top."""
     trainable = partial(train.trainable, config=train.TrainConfig(full=full, rank=4))
     stored = torch.float32 if full else dtype
-    model = cost.memory(Wan, CONFIG, trainable, None, SHAPE, stored, dtype)
+    model, thrifty = cost.memory(Wan, CONFIG, trainable, train.recompute_blocks, SHAPE, stored, dtype, 1)
     *exact, saved = _measured(full, dtype, again=False)
     assert [model.weights, model.trained, model.gradients, model.optimizer] == exact
     assert model.activations == saved and model.gathered == 0
 
-    thrifty = cost.memory(Wan, CONFIG, trainable, train.recompute_blocks, SHAPE, stored, dtype)
     *exact, outside = _measured(full, dtype, again=True)
     assert [thrifty.weights, thrifty.trained, thrifty.gradients, thrifty.optimizer] == exact
     assert outside < thrifty.activations < outside + saved / CONFIG.num_layers
@@ -79,10 +78,9 @@ def test_the_papers_run_fits_its_gpus_and_its_price():
     """Rank 512 on 14B with one clip of 81 frames at 832x480 on each of 8 GPUs of 80 GB, which cost $500."""
     trainable = partial(lora.inject, rank=PAPER_RANK)
     run = ((1, *PAPER_SHAPE), torch.bfloat16, torch.bfloat16, report.PAPER_GPUS)
-    needed = cost.memory(Wan, PAPER_MODEL, trainable, train.recompute_blocks, *run)
+    plain, needed = cost.memory(Wan, PAPER_MODEL, trainable, train.recompute_blocks, *run)
     assert 14.2e9 * 2 < needed.weights * 8 < 14.4e9 * 2 and 2.4e9 * 4 < needed.trained * 8 < 2.5e9 * 4
     assert needed.gradients == needed.trained and needed.total < 60 * 2**30
-    plain = cost.memory(Wan, PAPER_MODEL, trainable, None, *run)
     assert plain.activations > 300 * 2**30, "without gradient checkpointing it could not"
 
     window = cost.window_flops(_outline(PAPER_MODEL, PAPER_RANK, recomputed=True), PAPER_SHAPE)
