@@ -39,6 +39,7 @@ from wan import files, names, text
 from wan.vae import VAEConfig, WanVAE
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # what has weights; the second is the low-noise expert
+STEMS = dict.fromkeys(PARTS, "diffusion_pytorch_model") | {"text_encoder": "model"}  # of their files, in -Diffusers
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 
 
@@ -92,11 +93,7 @@ class Diffusers:
         self.two_experts = isinstance(listed, list) and any(listed)
 
     def part(self, part: str) -> Part:
-        return Part(_shards(self.folder, f"{part}/{_stem(part)}"), f"{part}/config.json", True)
-
-
-def _stem(part: str) -> str:
-    return "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        return Part(_shards(self.folder, f"{part}/{STEMS[part]}"), f"{part}/config.json", True)
 
 
 class Original:
@@ -132,8 +129,6 @@ class SingleFile:
 
 class Absent:
     """A published model of which nothing is here: enough for a rehearsal."""
-
-    tokenizer = Original.tokenizer
 
     def __init__(self, name: str):
         self.folder, self.published = Path(name), name.removesuffix(Diffusers.suffix)
@@ -448,14 +443,11 @@ def _download(repository: str, patterns: tuple[str, ...]) -> Path:
 
 def _misfits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, files.Stored]) -> str:
     """How many tensors are missing, unknown or of another shape, and the first of each kind; "" if none is."""
+    wrong = [name for name, shape in shapes.items() if name in stored and stored[name].shape != shape]
     kinds = {
         "missing": [name for name in shapes if name not in stored],
         "unknown": [name for name in stored if name not in shapes],
-        "of another shape": [
-            f"{name} {stored[name].shape}, expected {shape}"
-            for name, shape in shapes.items()
-            if name in stored and stored[name].shape != shape
-        ],
+        "of another shape": [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in wrong],
     }
     return ", ".join(f"{len(some)} are {kind} (first: {some[0]})" for kind, some in kinds.items() if some)
 
@@ -547,7 +539,7 @@ def save_pipeline(
         model, table = parts[part], names.of_part(part, parts[part].config)
         state = {names.rename(name, table): tensor for name, tensor in model.state_dict().items()}
         state = {name: tensor.to("cpu", dtype.get(part)).contiguous() for name, tensor in state.items()}
-        with replacing(folder / part / f"{_stem(part)}.safetensors") as path:
+        with replacing(folder / part / f"{STEMS[part]}.safetensors") as path:
             save_file(state, path, metadata={"format": "pt"})
         write_json(folder / part / "config.json", files.to_diffusers(part, model.config))
     if transformer is not None:
