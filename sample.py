@@ -88,7 +88,7 @@ def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
     """Open the model of a run and settle every setting: the config returned repeats the video from the same files."""
     if config.from_json:
         config = records.repeated(config, "out", "overwrite", "dry_run")
-    opened = checkpoint.open(config.model, Wan)
+    opened = checkpoint.open(config.model, Wan, config.dry_run)
     return resolve(config, opened), opened
 
 
@@ -441,13 +441,15 @@ def given_frames(job: Job) -> list[bool]:
 
 
 def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
-    """The memory and time that a run would take, in words."""
+    """The memory and time that a run would take, in words. ValueError for a LoRA that is not there or does not fit."""
     width, height = cli.parse_size(config.size)
     walks = [leg for taus in job.taus for leg in legs(config, taus)]
     history = config.history_guidance if job.plans[0].given else 1
     passes = sum((len(part) - 1) * passes_a_step(guidance, history) for _, guidance, part in walks)
     passes *= len(dataset.read_prompts(config.prompts)) if config.prompts else 1
     parts = opened.outline()
+    for _, path, _ in map(lora.parse_entry, config.lora):
+        lora.load(path).check(parts[0])
     decoding = parts[1].decoding_bytes(job.F, height, width) + 3 * 4 * tasks.pixel_frames(job.F) * width * height
     return cost.sampling(
         parts, (len(job.plans[0].m), height // 8, width // 8), passes, decoding,

@@ -321,7 +321,7 @@ def outline(opened: Opened, config: TrainConfig) -> nn.ModuleDict:
 
 def rehearse(config: TrainConfig) -> None:
     """Print what a run would see and need, without loading weights: clips, buckets, parameters, memory."""
-    opened = checkpoint.open(config.model, Wan)
+    opened = checkpoint.open(config.model, Wan, rehearsal=True)
     config = checked(config, opened)
     cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
     sources, skipped = dataset.look_through(config.data, cut, config.strict)
@@ -421,7 +421,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
 
 def main() -> None:
     config = cli.parse(TrainConfig, __doc__)
-    with distributed.process_group(config.device) as device:
+    with distributed.process_group(cli.pick_device(config.device)) as device:
         (rehearse if config.dry_run else train)(replace(config, device=device))
 
 

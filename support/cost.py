@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from support import cli
+
 
 def tokens(shape: Sequence[int]) -> int:
     """Tokens of latents (…, F, H, W)."""
@@ -57,10 +59,9 @@ class Memory(NamedTuple):
 
 def memory(
     network: type[nn.Module], config: Any, trainable: Callable[[nn.Module], list[nn.Parameter]],
-    recompute: Callable[[nn.Module], None] | None, shape: Sequence[int], stored: torch.dtype, dtype: torch.dtype,
-    gpus: int = 1,
-) -> Memory:  # fmt: skip
-    """What training takes on each GPU, which sees latents of `shape` (B, C, F, H, W) at a time.
+    recompute: Callable[[nn.Module], None], shape: Sequence[int], stored: torch.dtype, dtype: torch.dtype, gpus: int,
+) -> tuple[Memory, Memory]:  # fmt: skip
+    """What training takes on each GPU, which sees latents of `shape` (B, C, F, H, W) at a time: plain, and recomputed.
 
     Runs one and two layers of `network`, as all that is measured is linear in the layers. trainable(transformer) makes
     it ready and returns what is trained; recompute(transformer) turns on gradient checkpointing. Weights are held in
@@ -76,21 +77,20 @@ def memory(
             trained = trainable(transformer)
             autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
             forward = autocast(partial(_forward, transformer, shape))
-            plain = recomputed = saved_bytes(forward, transformer)
-            if recompute:
-                recompute(transformer)
-                recomputed = saved_bytes(forward, transformer)
+            plain = saved_bytes(forward, transformer)
+            recompute(transformer)
+            recomputed = saved_bytes(forward, transformer)
         frozen = sum(p.nbytes for p in transformer.parameters() if not p.requires_grad)
         sizes = [frozen, sum(p.nbytes for p in trained), len(trained), plain, recomputed]
         return torch.tensor(sizes, dtype=torch.float64)
 
     one, two = measure(1), measure(2)
-    frozen, trained, tensors, _, saved = (one + (config.num_layers - 1) * (two - one)).tolist()
+    frozen, trained, tensors, plain, recomputed = (one + (config.num_layers - 1) * (two - one)).tolist()
     block_frozen, block_trained, _, block_saved, _ = (two - one).tolist()
-    if recompute:
-        saved += block_saved  # what is inside a block is there for one block at a time
-    sharded = (frozen, trained, trained, 2 * trained + 4 * tensors)
-    return Memory(*(size / gpus for size in sharded), 2 * (block_frozen + block_trained) * (gpus > 1), saved)
+    sharded = [size / gpus for size in (frozen, trained, trained, 2 * trained + 4 * tensors)]
+    gathered = 2 * (block_frozen + block_trained) * (gpus > 1)
+    # Recomputed, what is inside a block is there for one block at a time.
+    return Memory(*sharded, gathered, plain), Memory(*sharded, gathered, recomputed + block_saved)
 
 
 def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
@@ -111,9 +111,7 @@ def training(
     those of `memory`.
     """
     trained = sum(p.numel() for p in outline.parameters() if p.requires_grad)
-    measure = partial(memory, type(outline), outline.config, trainable)
-    plain, thrifty = (measure(again, shape, stored, dtype, gpus) for again in (None, recompute))
-    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
+    plain, thrifty = memory(type(outline), outline.config, trainable, recompute, shape, stored, dtype, gpus)
     rows = zip((*Memory._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
     return "\n".join([
         f"{trained / 1e6:.2f} M trainable parameters, {(_count(outline) - trained) / 1e6:.2f} M frozen",
@@ -121,7 +119,7 @@ def training(
         f"{steps * batch * window_flops(outline, shape[1:]):.3g} FLOP",
         f"memory of {f'each of {gpus} GPUs' if gpus > 1 else 'the device'}, windows at a time: {shape[0]}",
         "                    plain      with --gradient-checkpointing",
-        *(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}" for name, a, b in rows),
+        *(f"  {name:<12}{cli.size(a):>13}{cli.size(b):>13}" for name, a, b in rows),
     ])  # fmt: skip
 
 
@@ -141,17 +139,18 @@ def sampling(
     offloaded = transformer - _count(blocks) + 2 * _count(blocks[0])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         _forward(parts[0], (1, config.in_dim, *shape))
-    flops, speed = passes * counter.get_total_flops(), _speed(dtype, device)
+    speed = _speed(dtype, device)
+    seconds = 2 * passes * counter.get_total_flops() / speed
 
     def stages(encoder: float, weights: float) -> str:
         counts = {"text encoder": encoder, "transformer": weights + around, "VAE": 4 * vae + decoding + weights * stays}
-        return ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in counts.items())
+        return ", ".join(f"{name} {cli.size(count)}" for name, count in counts.items())
 
     return (
         f"{passes} passes of {transformer / 1e6:.1f} M parameters over {tokens(shape)} tokens\n"
         f"memory, one after another: {stages(size * encoder, size * transformer)}\n"
         f"with --offload, on the device: {stages(0, size * offloaded)}\n"
-        f"time: about {2 * flops / speed:.0f} s of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
+        f"time: about {cli.duration(seconds)} of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
     )
 
 

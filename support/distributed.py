@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from support import cli
-
 
 def size() -> int:
     """How many processes work together."""
@@ -35,29 +33,29 @@ def rank() -> int:
 
 
 @contextmanager
-def process_group(device: str | None) -> Iterator[str | None]:
+def process_group(device: str) -> Iterator[str]:
     """Work with the other processes of this torchrun, if there are any, to the end of the block.
 
-    device: what the user named; yields the device of this process. Only the first process prints, but any one can say
-    what ended it.
+    device: cuda or cpu, for all of them; yields the device of this process. Only the first process prints, but any one
+    can say what ended it.
     """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield device
         return
-    kind = cli.pick_device(device)
-    if kind not in ("cuda", "cpu"):
-        raise ValueError(f"got --device {kind} for several processes, expected cuda, a GPU for each of them, or cpu")
-    device = "cpu" if kind == "cpu" else cli.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    gpu = None if kind == "cpu" else torch.device(device)
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"got --device {device} for several processes, expected cuda, a GPU for each of them, or cpu")
+    gpu = None if device == "cpu" else torch.device(device, int(os.environ["LOCAL_RANK"]))
     if gpu:
-        torch.cuda.set_device(device)
+        if gpu.index >= torch.cuda.device_count():
+            raise ValueError(f"got {gpu.index + 1} or more processes on this machine, expected one for each GPU")
+        torch.cuda.set_device(gpu)
     # Others wait while the first one writes a state. torchrun notices when a process has died, and ends the rest.
     dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=1), device_id=gpu)
     try:
         with open(os.devnull, "w") if rank() > 0 else nullcontext() as nowhere:
             with redirect_stdout(nowhere or sys.stdout), redirect_stderr(nowhere or sys.stderr):
                 print(f"{size()} processes; should one die, the same command with --resume goes on from the last save")
-                yield device
+                yield str(gpu or device)
     except KeyboardInterrupt:
         if rank() > 0:
             sys.exit(130)  # the first one says it for all

@@ -3,12 +3,15 @@
 In memory a video is a float32 tensor (3, N, H, W) in [-1, 1], where here, and only here, H and W count pixels.
 """
 
+import re
 import textwrap
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
-from itertools import chain, islice, pairwise, repeat
+from functools import cache
+from importlib.util import find_spec
+from itertools import chain, groupby, islice, pairwise, repeat
 from math import floor
 from pathlib import Path
 
@@ -249,7 +252,8 @@ def filmstrip(
     font, gap, line = ImageFont.load_default(size=14), 6, 18
     marks = marks or [None] * len(rows)
     titles = [textwrap.fill(title, 22, max_lines=4, placeholder=" ...") for title, _ in rows]
-    margin = 3 * gap + max(round(font.getlength(text)) for title in titles for text in title.split("\n"))
+    widths = [sum(font.getlength(run) for run, font in _runs(line)) for title in titles for line in title.split("\n")]
+    margin = 3 * gap + round(max(widths))
     strips = [_strip(video, mark, height, columns) for (_, video), mark in zip(rows, marks, strict=True)]
     legend = [("given", GIVEN), ("generated", GENERATED)] if any(mark is not None for mark in marks) else []
     entry = 2 * line + round(font.getlength("generated"))
@@ -258,12 +262,48 @@ def filmstrip(
     draw = ImageDraw.Draw(sheet)
     for row, (title, strip) in enumerate(zip(titles, strips, strict=True)):
         sheet.paste(strip, (margin, gap + row * pitch))
-        draw.multiline_text((gap, gap + row * pitch + height // 2), title, fill="black", font=font, anchor="lm")
+        lines, below = title.split("\n"), draw.textbbox((0, 0), "A", font=font)[3] + 4
+        for number, text in enumerate(lines):
+            left, middle = gap, gap + row * pitch + height // 2 + (number - (len(lines) - 1) / 2) * below
+            for run, own in _runs(text):
+                draw.text((left, middle), run, fill="black", font=own, anchor="lm")
+                left += own.getlength(run)
     for number, (name, colour) in enumerate(legend):
         left, middle = margin + number * entry, sheet.height - gap - line // 2
         draw.rectangle((left, middle - 6, left + 12, middle + 6), fill=colour)
         draw.text((left + line, middle), name, fill="black", font=font, anchor="lm")
     return sheet
+
+
+def _runs(line: str) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+    """A line of a title in pieces, each of words in one font."""
+    runs = groupby(re.findall(r"\S+\s*", line), _font_file)
+    fonts = ((words, ImageFont.truetype(file, 14) if file else ImageFont.load_default(14)) for file, words in runs)
+    return [("".join(words), font) for words, font in fonts]
+
+
+@cache
+def _font_file(word: str) -> str | None:
+    """None, Pillow's own font, for ASCII; else the first that has most of it: matplotlib's, a package's, the system's.
+
+    The packages are those of requirements.txt: Noto Sans for Chinese, Japanese and Korean, and for other scripts.
+    """
+    if word.isascii():
+        return None
+    from matplotlib import font_manager, ft2font, get_data_path  # here, as captions rarely need it
+
+    packages = filter(None, map(find_spec, ("manimgx_fonts", "noto_cjk_sans_otc")))
+    folders = [Path(folder) for package in packages for folder in package.submodule_search_locations]
+    files = [str(path) for folder in folders for path in sorted(folder.glob("*.tt*"))]
+    files.insert(0, f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+
+    def missing(file: str) -> int:
+        with suppress(OSError, RuntimeError):
+            return len(set(map(ord, word.strip())) - ft2font.FT2Font(file).get_charmap().keys())
+        return len(word)
+
+    best = min(files, key=missing)
+    return min([best, *font_manager.findSystemFonts()], key=missing) if missing(best) else best
 
 
 def _strip(video: Tensor, mark: Sequence[bool] | None, height: int, columns: int) -> Image.Image:

@@ -5,6 +5,7 @@ Nothing here is good at anything: the tests that use it ask what a command does,
 
 import contextlib
 import io
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,11 @@ def mistake(result: Result, *words: str) -> None:
     assert ".py: " in sentence and len(sentence) < 500, sentence
     for word in words:
         assert word in sentence, f"{word!r} is not in: {sentence}"
+
+
+def amounts(text: str) -> list[float]:
+    """The amounts of memory that a text names, in bytes."""
+    return [float(n) * 2 ** (30 if unit == "G" else 20) for n, unit in re.findall(r"([0-9.]+) ([GM])iB", text)]
 
 
 def scene_video(index: int, frames: int = world.FRAMES) -> torch.Tensor:
@@ -111,7 +117,8 @@ def write_model(folder: Path) -> Path:
         transformer.head.head.weight.mul_(3)
         vae.conv1.weight[:16].mul_(8)
         vae.decoder.head[2].weight.mul_(2)
-    checkpoint.save_pipeline(folder, transformer, vae, encoder, tokenizer, PRESET.shift)
+    parts = {"transformer": transformer, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer}
+    checkpoint.save_pipeline(folder, parts, PRESET.shift)
     checkpoint.save_preset(folder, PRESET)
     lora.save(folder / "lora.safetensors", random_lora(transformer, seed=1), base="small")
     return folder

@@ -1,6 +1,7 @@
 """Names and configs against diffusers and transformers, every layout there and back, and one sentence a mistake."""
 
 import hashlib
+import inspect
 import json
 import pickle
 import shutil
@@ -91,7 +92,7 @@ def parts():
 def small(tmp_path_factory):
     """A folder with a whole small pipeline, and what was written there. Tests only read it."""
     folder, written = tmp_path_factory.mktemp("small") / "model", parts()
-    save_pipeline(folder, **written, shift=3.0)
+    save_pipeline(folder, written, shift=3.0)
     return SimpleNamespace(folder=folder, **written)
 
 
@@ -252,7 +253,7 @@ def test_pipeline_comes_back_as_it_was_written(small):
 
 def test_types_are_chosen_on_writing_and_on_reading(tmp_path):
     written = parts()
-    save_pipeline(tmp_path, **written, dtype={"vae": torch.float16, "text_encoder": torch.bfloat16})
+    save_pipeline(tmp_path, written, dtype={"vae": torch.float16, "text_encoder": torch.bfloat16})
     assert opened(tmp_path).vae().conv1.weight.dtype == torch.float32
     assert opened(tmp_path).vae(None).conv1.weight.dtype == torch.float16
     assert opened(tmp_path).text_encoder().norm.weight.dtype == torch.bfloat16
@@ -261,25 +262,26 @@ def test_types_are_chosen_on_writing_and_on_reading(tmp_path):
 
 
 def test_parts_can_be_written_one_by_one(small, tmp_path):
-    save_pipeline(tmp_path, vae=small.vae)
+    save_pipeline(tmp_path, {"vae": small.vae})
     equal(opened(tmp_path).vae(), small.vae)
     with pytest.raises(ValueError, match="has no transformer/config.json"):
         load_pipeline(tmp_path)
-    save_pipeline(tmp_path, transformer=small.transformer, text_encoder=small.text_encoder, tokenizer=small.tokenizer)
+    others = ("transformer", "text_encoder", "tokenizer")
+    save_pipeline(tmp_path, {part: getattr(small, part) for part in others})
     equal(load_pipeline(tmp_path).vae, small.vae)
     # A tokenizer that was loaded can be written too, with its own length.
-    save_pipeline(tmp_path, tokenizer=opened(small.folder).tokenizer())
+    save_pipeline(tmp_path, {"tokenizer": opened(small.folder).tokenizer()})
     written = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
     assert written == (small.folder / "tokenizer" / "tokenizer.json").read_text()
     with pytest.raises(ValueError, match="dtype for"):
-        save_pipeline(tmp_path, dtype={"text": torch.float16})
+        save_pipeline(tmp_path, {}, dtype={"text": torch.float16})
 
 
 def test_a_loaded_model_can_be_written_over_its_own_files(copied, small):
     transformer = opened(copied).transformer()
     with torch.no_grad():
         transformer.patch_embedding.bias += 1
-    save_pipeline(copied, transformer=transformer)
+    save_pipeline(copied, {"transformer": transformer})
     equal(opened(copied).transformer(), transformer)
 
 
@@ -365,7 +367,7 @@ def test_configs_say_what_other_programs_ask(small, tmp_path):
     vae = json.loads((small.folder / "vae" / "config.json").read_text())
     assert (vae["scale_factor_spatial"], vae["scale_factor_temporal"], vae["in_channels"]) == (8, 4, 12)
     assert json.loads((small.folder / "transformer" / "config.json").read_text())["text_len"] == WAN.text_len
-    save_pipeline(tmp_path, transformer=Wan(replace(WAN, text_len=512)))
+    save_pipeline(tmp_path, {"transformer": Wan(replace(WAN, text_len=512))})
     assert "text_len" not in json.loads((tmp_path / "transformer" / "config.json").read_text())
 
 
@@ -474,7 +476,8 @@ def test_one_transformer_has_no_low_expert(copied, original):
 
 @torch.no_grad()
 def test_two_experts_are_written_as_diffusers_has_them(small, other, tmp_path):
-    save_pipeline(tmp_path, small.transformer, small.vae, small.text_encoder, small.tokenizer, 3.0, None, other, 0.8)
+    written = {part: getattr(small, part) for part in ("transformer", "vae", "text_encoder", "tokenizer")}
+    save_pipeline(tmp_path, written | {"transformer_2": other}, 3.0, boundary=0.8)
     loaded, pipe = load_pipeline(tmp_path), WanPipeline.from_pretrained(tmp_path)
     equal(loaded.transformer, small.transformer)
     equal(loaded.transformer_2, other)
@@ -879,6 +882,26 @@ def test_an_impossible_value_of_a_config_is_one_sentence(copied, part, value):
         load()
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_trimmed_config_has_the_defaults_of_the_program_that_wrote_it(copied, named):
+    """Whoever leaves out sizes gets one model's, those of diffusers and transformers, and not a mixture with ours."""
+    for part in ("transformer", "text_encoder"):
+        fields = json.loads((copied / part / "config.json").read_text())
+        left_out = {"num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers", "num_heads"}
+        left_out |= {"d_model", "d_kv", "d_ff", "vocab_size"}
+        kept = {name: None if name in left_out else value for name, value in fields.items()}
+        kept = kept if named else {name: value for name, value in kept.items() if name not in left_out}
+        (copied / part / "config.json").write_text(json.dumps(kept))
+    theirs, ours = UMT5Config(), opened(copied).outline()[2].config
+    assert (ours.dim, ours.dim_ffn, ours.num_heads) == (theirs.d_model, theirs.d_ff, theirs.num_heads)
+    assert (ours.vocab_size, ours.num_layers) == (theirs.vocab_size, theirs.num_layers)
+    assert ours.dim_attn == theirs.num_heads * theirs.d_kv
+    defaults = {name: p.default for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items()}
+    ours = opened(copied).config
+    assert (ours.num_heads, ours.num_layers) == (defaults["num_attention_heads"], defaults["num_layers"])
+    assert ours.ffn_dim == defaults["ffn_dim"] and ours.dim == ours.num_heads * defaults["attention_head_dim"]
+
+
 def test_a_size_that_no_machine_holds_is_told_with_its_memory(copied):
     edit(copied / "transformer" / "config.json", num_layers=1000, ffn_dim=2**20, attention_head_dim=2**18)
     with pytest.raises(ValueError, match=r"transformer of .* would take \S+ TiB in bf16"):
@@ -988,6 +1011,22 @@ def test_only_what_is_needed_is_downloaded(copied, small, hub, monkeypatch):
     weights = ["text_encoder/model.safetensors", "transformer/diffusion_pytorch_model.safetensors"]
     assert sorted(hub.asked[described + 1 :]) == weights
     assert hub.tokens == {"Bearer hf_secret"}
+
+
+@pytest.mark.parametrize("name", [checkpoint.SMALL, checkpoint.LARGE, checkpoint.TWO_EXPERTS])
+@pytest.mark.parametrize("suffix", ["", "-Diffusers"])
+def test_a_published_model_is_rehearsed_without_network(hub, name, suffix):
+    """Its sizes ship with the code, and are those that its files say; one that is not published has to be asked for."""
+    found = checkpoint.open(name + suffix, Wan, rehearsal=True)
+    assert found.two_experts == (name == checkpoint.TWO_EXPERTS) and found.published == name
+    assert found.preset == Preset(size=(832, 480) if name == checkpoint.SMALL else (1280, 720))
+    transformer, vae, encoder = found.outline()
+    assert (vae.config, encoder.config) == (VAEConfig(), T5Config())
+    parameters = sum(p.numel() for p in transformer.parameters()) / 1e9
+    assert round(parameters, 2) == (1.42 if name == checkpoint.SMALL else 14.29)
+    assert hub.asked == []
+    with pytest.raises(ValueError, match="there is none, or it is private"):
+        checkpoint.open("someone/RepoNotFound", Wan, rehearsal=True)
 
 
 def test_two_experts_in_shards_are_downloaded(small, other, tmp_path, hub):

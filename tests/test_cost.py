@@ -5,13 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from small import amounts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import train
 from model import Wan, WanConfig
-from support import cost, report
+from support import cli, cost, report
 from wan.text import T5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
 
@@ -62,12 +63,11 @@ def test_the_memory_model_is_what_a_real_step_takes(full, dtype):
     """Counted tensors exactly; activations exactly too, and with checkpointing those of one block come on top."""
     trainable = partial(train.trainable, config=train.TrainConfig(full=full, rank=4))
     stored = torch.float32 if full else dtype
-    model = cost.memory(Wan, CONFIG, trainable, None, SHAPE, stored, dtype)
+    model, thrifty = cost.memory(Wan, CONFIG, trainable, train.recompute_blocks, SHAPE, stored, dtype, 1)
     *exact, saved = _measured(full, dtype, again=False)
     assert [model.weights, model.trained, model.gradients, model.optimizer] == exact
     assert model.activations == saved and model.gathered == 0
 
-    thrifty = cost.memory(Wan, CONFIG, trainable, train.recompute_blocks, SHAPE, stored, dtype)
     *exact, outside = _measured(full, dtype, again=True)
     assert [thrifty.weights, thrifty.trained, thrifty.gradients, thrifty.optimizer] == exact
     assert outside < thrifty.activations < outside + saved / CONFIG.num_layers
@@ -78,10 +78,9 @@ def test_the_papers_run_fits_its_gpus_and_its_price():
     """Rank 512 on 14B with one clip of 81 frames at 832x480 on each of 8 GPUs of 80 GB, which cost $500."""
     trainable = partial(lora.inject, rank=PAPER_RANK)
     run = ((1, *PAPER_SHAPE), torch.bfloat16, torch.bfloat16, report.PAPER_GPUS)
-    needed = cost.memory(Wan, PAPER_MODEL, trainable, train.recompute_blocks, *run)
+    plain, needed = cost.memory(Wan, PAPER_MODEL, trainable, train.recompute_blocks, *run)
     assert 14.2e9 * 2 < needed.weights * 8 < 14.4e9 * 2 and 2.4e9 * 4 < needed.trained * 8 < 2.5e9 * 4
     assert needed.gradients == needed.trained and needed.total < 60 * 2**30
-    plain = cost.memory(Wan, PAPER_MODEL, trainable, None, *run)
     assert plain.activations > 300 * 2**30, "without gradient checkpointing it could not"
 
     window = cost.window_flops(_outline(PAPER_MODEL, PAPER_RANK, recomputed=True), PAPER_SHAPE)
@@ -134,7 +133,7 @@ def test_what_sampling_takes(monkeypatch):
 
     def said(stays):
         passes, *stages, time = cost.sampling(parts, (3, 8, 8), 10, 2**30, torch.bfloat16, "cpu", stays).splitlines()
-        return passes, [[float(part.split()[-2]) for part in line.split(":")[1].split(",")] for line in stages], time
+        return passes, [[amount / 2**30 for amount in amounts(line)] for line in stages], time
 
     passes, (whole, offloaded), time = said(False)
     assert passes == f"10 passes of {weights / 1e6:.1f} M parameters over 48 tokens"
@@ -142,6 +141,6 @@ def test_what_sampling_takes(monkeypatch):
     assert whole[1] - offloaded[1] == pytest.approx(2 * weights / 2**30 * 6 / 8, rel=0.1), "two of eight blocks"
     assert whole[2] == offloaded[2] == pytest.approx(1 + 4 * vae / 2**30, abs=0.005)
     forward = cost.window_flops(_outline(config, None), (16, 3, 8, 8)) / 3  # a third of a training step
-    assert time.startswith(f"time: about {round(2 * 10 * forward / 1e9)} s")
+    assert time.startswith(f"time: about {cli.duration(2 * 10 * forward / 1e9)} of denoising")
     _, (whole, _), _ = said(True)
     assert whole[2] == pytest.approx(1 + (4 * vae + 2 * weights) / 2**30, abs=0.005)

@@ -271,13 +271,19 @@ def second_of_two(monkeypatch):
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_a_process_takes_a_gpu_of_its_own_or_the_cpu(second_of_two, kind, monkeypatch):
     seen = []
-    monkeypatch.setattr(distributed.cli, "pick_device", lambda name: name or kind)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, device_id, **_: seen.append(backend))
     monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
-    with distributed.process_group(None) as device:
+    with distributed.process_group(kind) as device:
         assert device == {"cuda": "cuda:1", "cpu": "cpu"}[kind]
     assert seen == {"cuda": ["cuda:1", "nccl"], "cpu": ["gloo"]}[kind]
+
+
+def test_a_process_without_a_gpu_of_its_own_is_one_sentence(second_of_two, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="got 2 or more processes on this machine, expected one for each GPU"):
+        distributed.process_group("cuda").__enter__()
 
 
 def test_other_devices_do_not_work_together(second_of_two, model, clips, tmp_path):

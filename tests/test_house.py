@@ -76,7 +76,8 @@ def test_imports_make_no_circles():
 
 
 def test_there_are_few_imports():
-    assert sum(map(len, ARROWS.values())) <= 69
+    """Each is a reason to open another file while reading one."""
+    assert sum(map(len, ARROWS.values())) <= 73
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -105,3 +106,8 @@ def test_the_training_loop_is_short():
 def test_the_method_is_short():
     assert _lines(*IDEA) <= 420 and _lines(*SEVEN) <= 1500
     assert _lines(*SEVEN, "wan.vae", "wan.text", "wan.checkpoint", "wan.names") <= 2800
+
+
+def test_the_house_is_small():
+    """All but the paper's claims, the page to play with, tests and benchmarks."""
+    assert _lines(*MODULES) <= 5850

@@ -594,7 +594,7 @@ def test_inspect(wan, tmp_path):
     diffs = {"head.modulation": A.clone()[None]}
     path = tmp_path / "a.safetensors"
     lora.save(path, LoRA(pairs, diffs), base="tiny", metadata={"steps": "900"})
-    checkpoint.save_pipeline(tmp_path / "model", wan)
+    checkpoint.save_pipeline(tmp_path / "model", {"transformer": wan})
     shown = call(COMMAND, "inspect", path, "--model", tmp_path / "model")
     assert shown.status == 0, shown.err
     rows = dict(line.split(maxsplit=1) for line in shown.out.replace("written by", "writer").splitlines())

@@ -259,6 +259,19 @@ def test_filmstrip(tmp_path):
     assert not any((np.asarray(plain) == colour).all(-1).any() for colour in (media.GIVEN, media.GENERATED))
 
 
+@pytest.mark.parametrize("caption", ["кошка", "一只猫", "고양이 ねこ", "قطة", "แมว", "बिल्ली", "חתול", "émeute", "🐈🐕"])
+def test_a_caption_in_any_script_is_drawn(caption):
+    """Not as boxes: two letters that a font lacks look alike, those that it has do not."""
+    (ascii_run, plain), (run, font) = media._runs(f"t2v: {caption}")
+    assert (ascii_run, run) == ("t2v: ", caption) and plain.getname() == media.ImageFont.load_default(14).getname()
+    missing = bytes(font.getmask("\U0010ffff"))
+    letters = {bytes(font.getmask(letter)) for letter in caption.replace(" ", "")}
+    assert missing not in letters and len(letters) > 1
+    black = torch.full((3, 5, 32, 32), -1.0)
+    titled, other = (np.asarray(media.filmstrip([(f"t2v: {text}", black)])) for text in (caption, caption[::-1]))
+    assert titled.shape != other.shape or (titled != other).any()
+
+
 def test_filmstrip_shows_first_and_last():
     video = counting(16)
     strip = np.asarray(media.filmstrip([("", video)], columns=4))

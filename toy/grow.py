@@ -59,12 +59,13 @@ def grow(config: TinyConfig) -> None:
     if not (seedling / "vae" / "diffusion_pytorch_model.safetensors").exists():
         vae = train_vae(work / "vae.pt", config.vae_steps, batch=4, lr=1e-3, compile=config.compile)
         measure_latents(vae)
-        checkpoint.save_pipeline(seedling, vae=vae, dtype={"vae": torch.bfloat16})
+        checkpoint.save_pipeline(seedling, {"vae": vae}, dtype={"vae": torch.bfloat16})
     if not (seedling / "model_index.json").exists():
         tokenizer = text.train_tokenizer(scene.caption for scene in world.scenes(config.clips, seed=1, pairs=PAIRS))
         encoder = text.UMT5Encoder(dataclasses.replace(ENCODER, vocab_size=tokenizer.get_vocab_size()))
         checkpoint.save_preset(seedling, PRESET)
-        checkpoint.save_pipeline(seedling, Wan(TRANSFORMER), None, encoder, tokenizer, PRESET.shift)
+        parts = {"transformer": Wan(TRANSFORMER), "text_encoder": encoder, "tokenizer": tokenizer}
+        checkpoint.save_pipeline(seedling, parts, PRESET.shift)
 
     pretraining = TrainConfig(
         data=str(work), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
@@ -74,10 +75,10 @@ def grow(config: TinyConfig) -> None:
     train_or_resume(pretraining, data, base / "model_index.json")  # which is written last
     if not pusa.exists():  # so what is in `out` may come from an earlier growth
         grown = checkpoint.open(base, Wan)
-        parts = grown.transformer(), grown.vae(), grown.text_encoder(), grown.tokenizer()
+        parts = {part: getattr(grown, part)() for part in ("transformer", "vae", "text_encoder", "tokenizer")}
         dtypes = {"transformer": torch.bfloat16, "vae": torch.bfloat16, "text_encoder": torch.float32}
         checkpoint.save_preset(out, PRESET)
-        checkpoint.save_pipeline(out, *parts, PRESET.shift, dtypes)
+        checkpoint.save_pipeline(out, parts, PRESET.shift, dtypes)
     finetuning = TrainConfig(
         data=str(work), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=64, lr=1e-3,
         two_levels=True, compile=config.compile, device=config.device,

@@ -53,7 +53,9 @@ class Judge:
         return transformer.requires_grad_(False)
 
     @torch.no_grad()
-    def latents(self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings) -> Tensor:
+    def latents(
+        self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings: float
+    ) -> Tensor:
         """Latents (B, 16, F, H, W) of every scene by a task, which is given what it needs of the true clips.
 
         taus: noise levels (K+1, F) in place of the task's own, with all conditions clean. settings: those of the
@@ -74,7 +76,9 @@ class Judge:
         return torch.cat(made)
 
     @torch.no_grad()
-    def videos(self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings) -> Tensor:
+    def videos(
+        self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings: float
+    ) -> Tensor:
         """The clips (B, 3, N, 64, 64) of `latents`, in [-1, 1]."""
         latents = self.latents(network, task, seed, taus, **settings)
         return torch.cat([self.vae.decode(part).float() for part in latents.split(self.batch)])

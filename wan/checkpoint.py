@@ -28,7 +28,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -36,10 +35,11 @@ from torch.overrides import TorchFunctionMode
 
 from support import cache
 from support.cli import fits, replacing, write_json
-from wan import configs, files, names, text
+from wan import files, names, text
 from wan.vae import VAEConfig, WanVAE
 
 PARTS = ("transformer", "transformer_2", "vae", "text_encoder")  # what has weights; the second is the low-noise expert
+STEMS = dict.fromkeys(PARTS, "diffusion_pytorch_model") | {"text_encoder": "model"}  # of their files, in -Diffusers
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 
 
@@ -67,6 +67,9 @@ class Preset:
 
 # The published text-to-video models; what Pusa samples them with differs in the size alone.
 SMALL, LARGE, TWO_EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.2-T2V-A14B"
+# Where their transformers differ from the defaults of `model.WanConfig`; VAE and text encoder are those of all three.
+_OF_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+SIZES = {SMALL: {}, LARGE: _OF_14B, TWO_EXPERTS: _OF_14B}
 
 
 class Part(NamedTuple):
@@ -84,14 +87,13 @@ class Diffusers:
     suffix, tokenizer = "-Diffusers", "tokenizer/tokenizer.json"
 
     def __init__(self, folder: Path):
-        self.folder, index = folder, folder / "model_index.json"
+        self.folder = folder
         # The index lists each part as [library, class], and as [null, null] if it is not there.
-        listed = _json(index).get("transformer_2") if index.is_file() else None
+        listed = _json(folder / "model_index.json").get("transformer_2")
         self.two_experts = isinstance(listed, list) and any(listed)
 
     def part(self, part: str) -> Part:
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-        return Part(_shards(self.folder, f"{part}/{stem}"), f"{part}/config.json", True)
+        return Part(_shards(self.folder, f"{part}/{STEMS[part]}"), f"{part}/config.json", True)
 
 
 class Original:
@@ -125,6 +127,17 @@ class SingleFile:
         return Part([self.file.name]) if part == "transformer" else self.beside.part(part)
 
 
+class Absent:
+    """A published model of which nothing is here: enough for a rehearsal."""
+
+    def __init__(self, name: str):
+        self.folder, self.published = Path(name), name.removesuffix(Diffusers.suffix)
+        self.suffix, self.two_experts = name.removeprefix(self.published), self.published == TWO_EXPERTS
+
+    def part(self, part: str) -> Part:
+        return Part([])
+
+
 def _layout(path: Path) -> Diffusers | Original | SingleFile:
     if path.is_file():
         return SingleFile(path)
@@ -147,11 +160,12 @@ def _shards(folder: Path, stem: str) -> list[str]:
     return [f"{stem}.safetensors"]
 
 
-def open(name: str | Path, network: type[nn.Module]) -> "Opened":
+def open(name: str | Path, network: type[nn.Module], rehearsal: bool = False) -> "Opened":
     """Find a model: a folder, a `.safetensors` file, or the name `owner/repository` of one on Hugging Face.
 
     network: the class of the transformer, `model.Wan`. A repository's descriptions are downloaded now, a few megabytes,
-    and its weights when their part is asked for. ValueError if there is no such model, or it is no text-to-video model.
+    and its weights when their part is asked for. For a rehearsal, which measures and loads nothing, the published
+    models need no network. ValueError if there is no such model, or it is no text-to-video model.
     """
     path, repository = Path(name), None
     if not (path.is_dir() or (path.is_file() and path.suffix == ".safetensors")):
@@ -160,8 +174,10 @@ def open(name: str | Path, network: type[nn.Module]) -> "Opened":
             expected = f"expected a folder, a .safetensors file or a Hugging Face repository such as {SMALL}"
             raise ValueError(f"got {name} as a model, {expected}")
         repository = str(name)
+        if rehearsal and repository.removesuffix(Diffusers.suffix) in SIZES:
+            return Opened(repository, Absent(repository), network, repository)
         path = _download(repository, ("*.json",))  # a star matches slashes too
-    opened = Opened(str(name), path, network, repository)
+    opened = Opened(str(name), _layout(path), network, repository)
     if repository:
         described = opened.layout.part("transformer").config
         if described is None or not (path / described).is_file():
@@ -176,26 +192,24 @@ class Opened:
     `dtype` of a part is the type to hold it in; None keeps the stored one. All parts are in evaluation mode.
     """
 
-    def __init__(self, name: str, path: Path, network: type[nn.Module], repository: str | None):
-        self.name, self.network, self.repository = name, network, repository
-        self.layout = _layout(path)
-        self.folder, self.two_experts = self.layout.folder, self.layout.two_experts
+    def __init__(self, name: str, layout: Any, network: type[nn.Module], repository: str | None):
+        self.name, self.layout, self.network, self.repository = name, layout, network, repository
+        self.folder, self.two_experts = layout.folder, layout.two_experts
 
     @cached_property
     def config(self) -> Any:
         """The sizes of the transformer, a `network.config_class`; with two experts, of the high-noise one."""
-        return self._config("transformer")
+        return self._described("transformer")
 
     @cached_property
     def preset(self) -> Preset:
         """What `sampling.json` says, and else what is published for such a model. ValueError for bad entries."""
         preset = Preset() if self.published == SMALL else Preset(size=(1280, 720))
-        index = self.folder / "model_index.json"
-        boundary = _json(index).get("boundary_ratio") if index.is_file() else None
+        boundary = _json(self.folder / "model_index.json").get("boundary_ratio")
         if fits(boundary, float):
             preset = replace(preset, boundary=boundary)
         path, kinds = self.folder / "sampling.json", {field.name: field.type for field in fields(Preset)}
-        entries = _json(path) if path.is_file() else {}
+        entries = _json(path)
         if unknown := sorted(entries.keys() - kinds.keys()):
             raise ValueError(f"{path} has {unknown}, expected only the fields of checkpoint.Preset; remove them")
         for name, value in entries.items():
@@ -207,13 +221,12 @@ class Opened:
     @cached_property
     def published(self) -> str:
         """The published model with as many experts and layers: what this one lacks is taken from there."""
+        if isinstance(self.layout, Absent):
+            return self.layout.published
         if self.two_experts:
             return TWO_EXPERTS
         name = self.layout.part("transformer").config
-        if name is None:
-            layers = configs.layers(self._stored("transformer"))
-        else:
-            layers = _json(self.folder / name).get("num_layers") if (self.folder / name).is_file() else None
+        layers = _json(self.folder / name).get("num_layers") if name else files.layers(self._stored("transformer"))
         return LARGE if layers == 40 else SMALL
 
     def fetch(self, parts: Iterable[str] = PARTS) -> None:
@@ -281,6 +294,8 @@ class Opened:
 
     def _described(self, part: str) -> Any:
         """The config of a part without looking at its weights: the published one where the layout has none."""
+        if part == "transformer" and isinstance(self.layout, Absent):
+            return self.network.config_class(**SIZES[self.published])
         if part == "transformer" or self.layout.part(part).config:
             return self._config(part)
         return VAEConfig() if part == "vae" else text.T5Config()
@@ -292,7 +307,7 @@ class Opened:
         if name is None:  # all sizes are in the shapes of the part's tensors
             class_name, shapes = None, {key: tensor.shape for key, tensor in self._stored(part).items()}
             try:
-                measured = configs.from_shapes(part, shapes)
+                measured = files.from_shapes(part, shapes)
             except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
                 reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else error
                 found = f"the weights in {self.folder / weights[0]} are not Wan2.1's ({reason})"
@@ -301,11 +316,11 @@ class Opened:
         else:
             path = self._need(name)
             theirs = _json(path)
-            config = _checked(config_class, configs.from_diffusers(part, theirs) if renamed else theirs, path)
+            config = _checked(config_class, files.from_diffusers(part, theirs) if renamed else theirs, path)
             class_name = theirs.get("_class_name")
             if part == "vae" and (theirs.get("is_residual") or class_name not in (None, "AutoencoderKLWan")):
                 raise ValueError(f"{path} is not a Wan2.1 VAE (AutoencoderKLWan without is_residual); {self._advice()}")
-        if part.startswith("transformer") and (kind := configs.other_kind(config, class_name)):
+        if part.startswith("transformer") and (kind := files.other_kind(config, class_name)):
             expected = "expected a text-to-video (T2V) model: it serves every task here"
             raise ValueError(f"{self.name} is {kind}, {expected}; use {SMALL}, {LARGE} or {TWO_EXPERTS}")
         return config
@@ -391,16 +406,14 @@ class Opened:
 
         expert: which of two ("high" or "low") `transformer` is; the other stays. boundary: None for the preset's.
         """
-        experts, preset = {expert or "high": transformer}, self.preset
-        if expert:
-            other = "low" if expert == "high" else "high"
-            experts[other] = self.transformer(expert=other)
-        if boundary is not None:
-            preset = replace(preset, boundary=boundary)
-        save_pipeline(
-            folder, experts["high"], self.vae(), text_encoder or self.text_encoder(), self.tokenizer(), preset.shift,
-            transformer_2=experts.get("low"), boundary=preset.boundary,
-        )  # fmt: skip
+        preset = self.preset if boundary is None else replace(self.preset, boundary=boundary)
+        parts = {"transformer": transformer, "vae": self.vae(), "tokenizer": self.tokenizer()}
+        parts["text_encoder"] = text_encoder or self.text_encoder()
+        if expert == "high":
+            parts["transformer_2"] = self.transformer(expert="low")
+        elif expert == "low":
+            parts |= {"transformer": self.transformer(), "transformer_2": transformer}
+        save_pipeline(folder, parts, preset.shift, boundary=preset.boundary)
         save_preset(folder, preset)
 
 
@@ -430,14 +443,11 @@ def _download(repository: str, patterns: tuple[str, ...]) -> Path:
 
 def _misfits(shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, files.Stored]) -> str:
     """How many tensors are missing, unknown or of another shape, and the first of each kind; "" if none is."""
+    wrong = [name for name, shape in shapes.items() if name in stored and stored[name].shape != shape]
     kinds = {
         "missing": [name for name in shapes if name not in stored],
         "unknown": [name for name in stored if name not in shapes],
-        "of another shape": [
-            f"{name} {stored[name].shape}, expected {shape}"
-            for name, shape in shapes.items()
-            if name in stored and stored[name].shape != shape
-        ],
+        "of another shape": [f"{name} {stored[name].shape}, expected {shapes[name]}" for name in wrong],
     }
     return ", ".join(f"{len(some)} are {kind} (first: {some[0]})" for kind, some in kinds.items() if some)
 
@@ -474,6 +484,9 @@ def _checked(config_class: type, values: dict, path: Path) -> Any:
 
 
 def _json(path: Path) -> dict:
+    """The object in a JSON file; an empty one if there is no file."""
+    if not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -505,17 +518,10 @@ def save_preset(folder: str | Path, preset: Preset) -> None:
 
 
 def save_pipeline(
-    folder: str | Path,
-    transformer: nn.Module | None = None,
-    vae: WanVAE | None = None,
-    text_encoder: text.UMT5Encoder | None = None,
-    tokenizer: text.Tokenizer | tokenizers.Tokenizer | None = None,
-    shift: float = 5.0,
-    dtype: Mapping[str, torch.dtype] | None = None,
-    transformer_2: nn.Module | None = None,
+    folder: str | Path, parts: Mapping[str, Any], shift: float = 5.0, dtype: Mapping[str, torch.dtype] | None = None,
     boundary: float = Preset.boundary,
-) -> None:
-    """Write the parts that are given as a -Diffusers folder; parts that are there and not given stay as they are.
+) -> None:  # fmt: skip
+    """Write parts, by the names of `PARTS` and "tokenizer", as a -Diffusers folder; what is there of others stays.
 
     `dtype`: which parts are stored in another type, such as `{"vae": torch.float16}`. ValueError for an unknown part.
     `model_index.json` and `scheduler/` are written only with a transformer; name both where there are two experts.
@@ -523,22 +529,20 @@ def save_pipeline(
     folder, dtype = Path(folder), dtype or {}
     if unknown := dtype.keys() - set(PARTS):
         raise ValueError(f"got a dtype for {sorted(unknown)}, expected one for {', '.join(PARTS)}")
+    tokenizer, transformer = parts.get("tokenizer"), parts.get("transformer")
     if tokenizer is not None:
         text_len = getattr(tokenizer, "text_len", None) or (transformer.config.text_len if transformer else 512)
         for name, content in text.tokenizer_files(getattr(tokenizer, "tokenizer", tokenizer), text_len).items():
             with replacing(folder / "tokenizer" / name) as path:
                 path.write_text(content, encoding="utf-8")
-    models = {"transformer": transformer, "transformer_2": transformer_2, "vae": vae, "text_encoder": text_encoder}
-    for part, model in models.items():
-        if model is not None:
-            table, state = names.of_part(part, model.config), {}
-            for name, tensor in model.state_dict().items():
-                state[names.rename(name, table)] = tensor.to("cpu", dtype.get(part)).contiguous()
-            stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
-            with replacing(folder / part / f"{stem}.safetensors") as path:
-                save_file(state, path, metadata={"format": "pt"})
-            write_json(folder / part / "config.json", configs.to_diffusers(part, model.config))
+    for part in (part for part in PARTS if part in parts):
+        model, table = parts[part], names.of_part(part, parts[part].config)
+        state = {names.rename(name, table): tensor for name, tensor in model.state_dict().items()}
+        state = {name: tensor.to("cpu", dtype.get(part)).contiguous() for name, tensor in state.items()}
+        with replacing(folder / part / f"{STEMS[part]}.safetensors") as path:
+            save_file(state, path, metadata={"format": "pt"})
+        write_json(folder / part / "config.json", files.to_diffusers(part, model.config))
     if transformer is not None:
         both = {"transformer_2": _INDEX["transformer"], "boundary_ratio": boundary}
         write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": shift})
-        write_json(folder / "model_index.json", {**_INDEX, **(both if transformer_2 else {})})
+        write_json(folder / "model_index.json", _INDEX | (both if "transformer_2" in parts else {}))

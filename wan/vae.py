@@ -13,7 +13,8 @@ to it, as a tile does not see what lies around it. Parameter names are those of 
 With neither, the whole video is taken at once if `MEMORY` suffices, else chunks, else chunks of tiles.
 """
 
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -84,18 +85,28 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.movedim(1, -1), (x.shape[1],), self.gamma.flatten().to(x.dtype), 1e-12).movedim(-1, 1)
 
 
+class Causal(nn.Sequential):
+    """Layers one after another; those that look back in time are given `past`."""
+
+    def forward(self, x: Tensor, past: dict | None = None) -> Tensor:
+        for layer in self:
+            look_back = isinstance(layer, Causal | CausalConv3d | ResidualBlock | Downsample | Upsample)
+            x = layer(x, past) if look_back else layer(x)
+        return x
+
+
 class ResidualBlock(nn.Module):
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
         # Index 5 is the dropout of the published code: it has no weights, but it gives the convolution number 6.
-        self.residual = nn.Sequential(
+        self.residual = Causal(
             RMSNorm(dim_in, 3), nn.SiLU(), CausalConv3d(dim_in, dim_out),
             RMSNorm(dim_out, 3), nn.SiLU(), nn.Identity(), CausalConv3d(dim_out, dim_out),
         )  # fmt: skip
         self.shortcut = CausalConv3d(dim_in, dim_out, (1, 1, 1)) if dim_in != dim_out else nn.Identity()
 
     def forward(self, x: Tensor, past: dict | None) -> Tensor:
-        return self.shortcut(x) + _through(self.residual, x, past)
+        return self.shortcut(x) + self.residual(x, past)
 
 
 class AttentionBlock(nn.Module):
@@ -108,11 +119,13 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.proj.weight)
 
+    def attend(self, frames: Tensor) -> Tensor:  # (n, c, h, w)
+        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (three c) h w -> three n 1 (h w) c", three=3)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(out, "n 1 (h w) c -> n c h w", h=frames.shape[2]))
+
     def forward(self, x: Tensor) -> Tensor:
-        frames = self.norm(rearrange(x, "b c t h w -> (b t) c h w"))
-        q, k, v = rearrange(self.to_qkv(frames), "n (three c) h w -> three n 1 (h w) c", three=3)
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=x.shape[3])
-        return x + rearrange(self.proj(out), "(b t) c h w -> b c t h w", b=len(x))
+        return x + _each_frame(self.attend, x)
 
 
 class Downsample(nn.Module):
@@ -156,40 +169,25 @@ class Upsample(nn.Module):
         return _each_frame(self.resample, x)
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        dims = [config.dim * multiple for multiple in (1, *config.dim_mult)]
-        self.conv1 = CausalConv3d(3 * config.patch_size**2, dims[0])
-        self.downsamples = _levels(dims, config.num_res_blocks, Downsample, config.temporal_downsample)
-        self.middle = _middle(dims[-1])
-        self.head = _head(dims[-1], 2 * config.z_dim)
-
-    def forward(self, x: Tensor, past: dict | None) -> Tensor:
-        return _through((self.conv1, *self.downsamples, *self.middle, *self.head), x, past)
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        dims = [config.dim * multiple for multiple in (config.dim_mult[-1], *config.dim_mult[::-1])]
-        self.conv1 = CausalConv3d(config.z_dim, dims[0])
-        self.middle = _middle(dims[0])
-        self.upsamples = _levels(dims, config.num_res_blocks + 1, Upsample, config.temporal_downsample[::-1])
-        self.head = _head(dims[-1], 3 * config.patch_size**2)
-
-    def forward(self, x: Tensor, past: dict | None) -> Tensor:
-        return _through((self.conv1, *self.middle, *self.upsamples, *self.head), x, past)
-
-
 class WanVAE(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
-        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
-        self.decoder = Decoder(config)
+        self.config, c, z = config, 3 * config.patch_size**2, config.z_dim
+        dims = [config.dim * multiple for multiple in (1, *config.dim_mult)]
+        self.encoder = Causal(OrderedDict(
+            conv1=CausalConv3d(c, dims[0]),
+            downsamples=_levels(dims, config.num_res_blocks, Downsample, config.temporal_downsample),
+            middle=_middle(dims[-1]),
+            head=_head(dims[-1], 2 * z),
+        ))  # fmt: skip
+        self.conv1, self.conv2 = CausalConv3d(2 * z, 2 * z, (1, 1, 1)), CausalConv3d(z, z, (1, 1, 1))
+        dims = [dims[-1], *dims[:0:-1]]
+        self.decoder = Causal(OrderedDict(
+            conv1=CausalConv3d(z, dims[0]),
+            middle=_middle(dims[0]),
+            upsamples=_levels(dims, config.num_res_blocks + 1, Upsample, config.temporal_downsample[::-1]),
+            head=_head(dims[-1], c),
+        ))  # fmt: skip
 
     def encode(self, video: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
         """A video (B, 3, N, 8H, 8W) in [-1, 1], N = 4(F-1) + 1 → its normalised latents (B, 16, F, H, W), their mean.
@@ -307,34 +305,26 @@ def _fade(length: int, fade: int) -> Tensor:
     return (torch.minimum(inwards, length - inwards) / fade).clamp(max=1)
 
 
-def _levels(dims: list[int], count: int, step: type[nn.Module], temporal: tuple[bool, ...]) -> nn.ModuleList:
+def _levels(dims: list[int], count: int, step: type[nn.Module], temporal: tuple[bool, ...]) -> Causal:
     """`count` residual blocks of each level's width, and a step to the next level's size in between."""
-    layers = nn.ModuleList()
+    layers = []
     for level, (dim_in, dim_out) in enumerate(pairwise(dims)):
         if level and step is Upsample:
             dim_in //= 2
         layers += [ResidualBlock(dim_out if i else dim_in, dim_out) for i in range(count)]
         if level < len(dims) - 2:
             layers.append(step(dim_out, temporal[level]))
-    return layers
+    return Causal(*layers)
 
 
-def _middle(dim: int) -> nn.ModuleList:
-    return nn.ModuleList([ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)])
+def _middle(dim: int) -> Causal:
+    return Causal(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
 
 
-def _head(dim_in: int, dim_out: int) -> nn.Sequential:
-    return nn.Sequential(RMSNorm(dim_in, 3), nn.SiLU(), CausalConv3d(dim_in, dim_out))
+def _head(dim_in: int, dim_out: int) -> Causal:
+    return Causal(RMSNorm(dim_in, 3), nn.SiLU(), CausalConv3d(dim_in, dim_out))
 
 
-def _through(layers: Iterable[nn.Module], x: Tensor, past: dict | None) -> Tensor:
-    """Run x through the layers; those that look back in time get `past`."""
-    for layer in layers:
-        look_back = isinstance(layer, CausalConv3d | ResidualBlock | Downsample | Upsample)
-        x = layer(x, past) if look_back else layer(x)
-    return x
-
-
-def _each_frame(layer: nn.Module, x: Tensor) -> Tensor:
+def _each_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     frames = layer(rearrange(x, "b c t h w -> (b t) c h w"))
     return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
