@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.cli import expect
 from wan.lora_files import LoRA, Pair, load, main, parse_entry, save  # noqa: F401  re-exported
 
 TARGETS = (*(f"{name}_attn.{layer}" for name in ("self", "cross") for layer in "qkvo"), "ffn.0", "ffn.2")
@@ -76,7 +75,8 @@ def merge(model: nn.Module, lora: LoRA, strength: float = 1.0) -> None:
 
     Raises ValueError, before anything is changed, for a pair or diff that finds no parameter or does not fit it.
     """
-    expect(math.isfinite(strength), f"LoRA strength {strength}", "a finite number such as 1.4")
+    if not math.isfinite(strength):
+        raise ValueError(f"got LoRA strength {strength}, expected a finite number such as 1.4")
     lora.check(model)
     for layer, pair in lora.pairs.items():
         weight = model.get_parameter(f"{layer}.weight")

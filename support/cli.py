@@ -19,6 +19,7 @@ import typing
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from tqdm import tqdm
@@ -241,3 +242,19 @@ def latent_frames(N: int) -> int:
 def pixel_frames(F: int) -> int:
     """How many pixel frames N are in F latent frames, N = 4(F-1) + 1."""
     return 4 * (F - 1) + 1
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units, such as `1 h 20 min` or `3 days`; below a minute to two digits, `2.3 s`."""
+    units = ("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
+    for (large, length), (small, part) in pairwise(units):
+        count, rest = divmod(round(seconds / part), length // part)
+        if count:
+            words = f"{count:,} {large}" + (f" {rest} {small}" if rest else "")
+            return re.sub(r"\b1 (year|day)s", r"1 \1", words)
+    return f"{seconds:.2g} s"
+
+
+def size(bytes: float) -> str:
+    """An amount of memory: `21.16 GiB`, and below one GiB `19.53 MiB`."""
+    return f"{bytes / 2**30:.2f} GiB" if bytes >= 2**30 else f"{bytes / 2**20:.2f} MiB"

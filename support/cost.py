@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from support import cli
+
 
 def tokens(shape: Sequence[int]) -> int:
     """Tokens of latents (…, F, H, W)."""
@@ -113,7 +115,6 @@ def training(
     trained = sum(p.numel() for p in outline.parameters() if p.requires_grad)
     measure = partial(memory, type(outline), outline.config, trainable)
     plain, thrifty = (measure(again, shape, stored, dtype, gpus) for again in (None, recompute))
-    unit, scale = ("GiB", 2**30) if plain.total >= 2**30 else ("MiB", 2**20)
     rows = zip((*Memory._fields, "together"), (*plain, plain.total), (*thrifty, thrifty.total), strict=True)
     return "\n".join([
         f"{trained / 1e6:.2f} M trainable parameters, {(_count(outline) - trained) / 1e6:.2f} M frozen",
@@ -121,7 +122,7 @@ def training(
         f"{steps * batch * window_flops(outline, shape[1:]):.3g} FLOP",
         f"memory of {f'each of {gpus} GPUs' if gpus > 1 else 'the device'}, windows at a time: {shape[0]}",
         "                    plain      with --gradient-checkpointing",
-        *(f"  {name:<12}{a / scale:>9.2f} {unit}{b / scale:>9.2f} {unit}" for name, a, b in rows),
+        *(f"  {name:<12}{cli.size(a):>13}{cli.size(b):>13}" for name, a, b in rows),
     ])  # fmt: skip
 
 
@@ -141,17 +142,18 @@ def sampling(
     offloaded = transformer - _count(blocks) + 2 * _count(blocks[0])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         _forward(parts[0], (1, config.in_dim, *shape))
-    flops, speed = passes * counter.get_total_flops(), _speed(dtype, device)
+    speed = _speed(dtype, device)
+    seconds = 2 * passes * counter.get_total_flops() / speed
 
     def stages(encoder: float, weights: float) -> str:
         counts = {"text encoder": encoder, "transformer": weights + around, "VAE": 4 * vae + decoding + weights * stays}
-        return ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in counts.items())
+        return ", ".join(f"{name} {cli.size(count)}" for name, count in counts.items())
 
     return (
         f"{passes} passes of {transformer / 1e6:.1f} M parameters over {tokens(shape)} tokens\n"
         f"memory, one after another: {stages(size * encoder, size * transformer)}\n"
         f"with --offload, on the device: {stages(0, size * offloaded)}\n"
-        f"time: about {2 * flops / speed:.0f} s of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
+        f"time: about {cli.duration(seconds)} of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
     )
 
 

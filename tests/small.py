@@ -5,6 +5,7 @@ Nothing here is good at anything: the tests that use it ask what a command does,
 
 import contextlib
 import io
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +58,11 @@ def mistake(result: Result, *words: str, told: str = "") -> None:
     assert ".py: " in sentence and len(sentence) < 500, sentence
     for word in words:
         assert word in sentence, f"{word!r} is not in: {sentence}"
+
+
+def amounts(text: str) -> list[float]:
+    """The amounts of memory that a text names, in bytes."""
+    return [float(n) * 2 ** (30 if unit == "G" else 20) for n, unit in re.findall(r"([0-9.]+) ([GM])iB", text)]
 
 
 def scene_video(index: int, frames: int = world.FRAMES) -> torch.Tensor:

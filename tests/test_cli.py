@@ -302,3 +302,21 @@ def test_what_is_written_can_be_read_by_whom_the_umask_allows(tmp_path):
     mask = os.umask(0)
     os.umask(mask)
     assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"), (2.34, "2.3 s"), (59.4, "59 s"), (59.6, "1 min"), (125, "2 min 5 s"), (3599.8, "1 h"),
+        (4800, "1 h 20 min"), (86400 * 1.5, "1 day 12 h"), (86400 * 3, "3 days"), (86400 * 366, "1 year 1 day"),
+        (86400 * 365 * 2150, "2,150 years"), (86400 * 21, "21 days"),
+    ],
+)  # fmt: skip
+def test_a_time_is_told_in_its_two_largest_units(seconds, words):
+    assert cli.duration(seconds) == words
+
+
+def test_memory_is_told_in_mib_or_gib():
+    assert [cli.size(n) for n in (0, 20 * 2**20, 2**30, 21.16 * 2**30)] == [
+        "0.00 MiB", "20.00 MiB", "1.00 GiB", "21.16 GiB"
+    ]  # fmt: skip

@@ -5,13 +5,14 @@ from functools import partial
 
 import pytest
 import torch
+from small import amounts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
 import train
 from model import Wan, WanConfig
-from support import cost, report
+from support import cli, cost, report
 from wan.text import T5Config, UMT5Encoder
 from wan.vae import VAEConfig, WanVAE
 
@@ -134,7 +135,7 @@ def test_what_sampling_takes(monkeypatch):
 
     def said(stays):
         passes, *stages, time = cost.sampling(parts, (3, 8, 8), 10, 2**30, torch.bfloat16, "cpu", stays).splitlines()
-        return passes, [[float(part.split()[-2]) for part in line.split(":")[1].split(",")] for line in stages], time
+        return passes, [[amount / 2**30 for amount in amounts(line)] for line in stages], time
 
     passes, (whole, offloaded), time = said(False)
     assert passes == f"10 passes of {weights / 1e6:.1f} M parameters over 48 tokens"
@@ -142,6 +143,6 @@ def test_what_sampling_takes(monkeypatch):
     assert whole[1] - offloaded[1] == pytest.approx(2 * weights / 2**30 * 6 / 8, rel=0.1), "two of eight blocks"
     assert whole[2] == offloaded[2] == pytest.approx(1 + 4 * vae / 2**30, abs=0.005)
     forward = cost.window_flops(_outline(config, None), (16, 3, 8, 8)) / 3  # a third of a training step
-    assert time.startswith(f"time: about {round(2 * 10 * forward / 1e9)} s")
+    assert time.startswith(f"time: about {cli.duration(2 * 10 * forward / 1e9)} of denoising")
     _, (whole, _), _ = said(True)
     assert whole[2] == pytest.approx(1 + (4 * vae + 2 * weights) / 2**30, abs=0.005)
