@@ -86,19 +86,12 @@ def _cost(settings: dict, facts: dict, last: dict) -> list[tuple[str, str]]:
         ("steps", f"{last['step']} of {settings['steps']}"),
         ("windows seen", str(last["step"] * settings["batch"])),
         ("operations", f"{flops:.3g} FLOP, {here:.3g} a second"),
-        ("time", f"{_duration(seconds)} on {facts.get('device', 'this machine')}"),
-        ("the same on the paper's hardware", _duration(flops / there)),
+        ("time", f"{cli.duration(seconds)} on {facts.get('device', 'this machine')}"),
+        ("the same on the paper's hardware", cli.duration(flops / there)),
         ("the paper's training", f"{paper:.3g} FLOP, {paper / max(flops, 1):.3g} times this run"),
-        ("the paper's training on its hardware", _duration(paper / there)),
-        ("the paper's training here, at this run's speed", _duration(paper / max(here, 1))),
+        ("the paper's training on its hardware", cli.duration(paper / there)),
+        ("the paper's training here, at this run's speed", cli.duration(paper / max(here, 1))),
     ]
-
-
-def _duration(seconds: float) -> str:
-    for name, length in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {name}"
-    return f"{seconds:.3g} seconds"
 
 
 def _table(title: str, rows: Iterable[tuple[str, object]]) -> str:
