@@ -187,7 +187,8 @@ class Progress(tqdm):
 
     def tell(self, sentence: str) -> None:
         """Put a line that stays above the one that is redrawn."""
-        print(f"{chr(13) + chr(27) + '[K' if sys.stderr.isatty() else ''}{sentence}", file=sys.stderr, flush=True)
+        start = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{start}{sentence}", file=sys.stderr, flush=True)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         terminal = sys.stderr.isatty()  # it draws over the last line, which a log cannot

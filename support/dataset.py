@@ -201,7 +201,7 @@ def summary(sources: Sequence[Source], skipped: Sequence[Skipped], cut: Cut) -> 
     rest, apart = sum(source.rest for source in sources), held_out(len(sources))
     return "\n".join([
         f"{len(sources)} of {len(sources) + len(skipped)} clips, {windows.total()} windows of {cut.frames} frames at "
-        f"{cut.fps:g} fps" + f"; {rest} frames at the ends of clips fill no window" * (rest > 0),
+        f"{cut.fps:g} fps" + f"; frames at the ends of clips that fill no window: {rest}" * (rest > 0),
         *(f"  {width}x{height}: {count} windows" for (width, height), count in sorted(windows.items())),
         f"validation on {apart} clips, set apart" if apart else
         f"validation on {min(16, len(sources))} of the clips that are trained on, as fewer than 80 can spare none",

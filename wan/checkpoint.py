@@ -67,7 +67,7 @@ class Preset:
 
 _RANGES = {  # of a preset's fields
     "frames": (1, 1e6), "fps": (1e-3, 1e6), "steps": (1, 1e9), "shift": (1e-9, 1e9), "guidance": (0, 1e9),
-    "guidance_2": (0, 1e9), "noise": (0, 1), "boundary": (0, 1), "strength": (-1e9, 1e9),
+    "guidance_2": (0, 1e9), "history_guidance": (0, 1e9), "noise": (0, 1), "boundary": (0, 1), "strength": (-1e9, 1e9),
 }  # fmt: skip
 # The published text-to-video models; what Pusa samples them with differs in the size alone.
 SMALL, LARGE, TWO_EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.2-T2V-A14B"
