@@ -9,13 +9,14 @@ The network predicts the velocity from data to noise, `x1 - x0`. Parameter names
 
 import json
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import vta
 
@@ -178,6 +179,11 @@ class Wan(nn.Module):
         """Compile the blocks: once for all, as they are alike; before gradient checkpointing, FSDP and offloading."""
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
+
+    def recompute_blocks(self) -> None:
+        """Gradient checkpointing: store only each block's input, and compute the block again in the backward pass."""
+        for block in self.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
     def forward(self, x: Tensor, tau: Tensor, context: Tensor | PromptKeys) -> Tensor:
         """The velocity (B, C, F, H, W) of noisy latents x of the same shape; H and W are multiples of the patch.

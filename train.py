@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
 
 import flow
 import lora
@@ -37,30 +36,26 @@ from support.dataset import Dataset
 from wan import checkpoint
 from wan.checkpoint import Opened
 
-_ABOVE_0, _BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 _COUNT = (1, 10**9, "at least 1")
 _PROBABILITY = (0, 1, "a probability in [0, 1]")
-_ALPHA = (_ABOVE_0, 1e300, "a positive number, such as the rank")
-_RATE = (_ABOVE_0, _BELOW_1, "a number between 0 and 1, such as 1e-3")
-_LEVEL = (_ABOVE_0, _BELOW_1, "a noise level between 0 and 1, such as 0.875")
-
-
-# (the opened model, config, the text encoder if it is trained) → the data
-Prepare = Callable[[Opened, "TrainConfig", nn.Module | None], Dataset]
+_POSITIVE = (1e-9, 1e9, "a number above 0")
+_RATE = (1e-300, 1 - 1e-9, "a number between 0 and 1, such as 1e-3")
+_LEVEL = (1e-9, 1 - 1e-9, "a noise level between 0 and 1, such as 0.875")
+Prepare = Callable[[Opened, "TrainConfig", nn.Module | None], Dataset]  # the module: a text encoder to be trained
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     data: str = cli.option("clips", "folder of clips with captions")
     model: str = cli.option("checkpoints/tiny", "base model: folder or Hugging Face repository")
-    out: str = cli.option("runs/pusa", "folder of this run")
+    out: str | None = cli.option(None, "folder of this run (default: the next free runs/pusa-NNN)")
     cache: str | None = cli.option(None, "folder of latents and embeddings (default: .cache in --data)")
     strict: bool = cli.option(False, "stop if any clip cannot be used, instead of going on without it")
     size: str | None = cli.option(None, "pixels as WxH (default: the model's own); other shapes get as many in theirs")
     buckets: bool = cli.option(True, "keep the shape of each clip; --no-buckets crops all to --size")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 of a window (default: the model's own)")
     rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B", _COUNT)
-    alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", _ALPHA)
+    alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", _POSITIVE)
     lr: float = cli.option(1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B", _RATE)
     steps: int = cli.option(300, "optimizer steps", _COUNT)
     batch: int = cli.option(8, "windows a step", _COUNT)
@@ -68,7 +63,7 @@ class TrainConfig:
     gradient_checkpointing: bool = cli.option(False, "compute each block again in the backward pass, to save memory")
     p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level", _PROBABILITY)
     two_levels: bool = cli.option(False, "PTSS: such a frame takes one of two levels, not a level of its own")
-    shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's")
+    shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's", _POSITIVE)
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
     drop_caption: float = cli.option(0.1, "probability of training without the caption, for guidance", _PROBABILITY)
     expert: str | None = cli.option(None, "which of Wan2.2's two transformers to train", choices=("high", "low"))
@@ -80,7 +75,7 @@ class TrainConfig:
     keep: int = cli.option(2, "how many of the last states to keep", _COUNT)
     val_every: int = cli.option(100, "steps between validations")
     sample_every: int = cli.option(0, "steps between filmstrips of a fixed seed; 0: only at the end")
-    resume: bool = cli.option(False, "go on from the last state in --out")
+    resume: bool = cli.option(False, "go on from the last state in --out (default: the last runs/pusa-NNN)")
     dry_run: bool = cli.option(False, "print clips, buckets, parameters and memory, and stop")
     gpus: int = cli.option(1, "with --dry-run: GPUs that share batch, weights and optimizer", _COUNT)
     compile: bool = cli.option(False, "compile the network: slow to start, then faster (needs a C++ compiler)")
@@ -91,10 +86,8 @@ class TrainConfig:
 
 # Flags that may change when a run goes on: they say where and how it is computed, not what. The data may have moved,
 # as their content is compared, not their path. --steps may be raised too: the learning rate then comes down later.
-_MAY_CHANGE = {
-    "data", "out", "cache", "strict", "accumulate", "gradient_checkpointing", "save_every", "keep", "val_every",
-    "sample_every", "resume", "dry_run", "gpus", "compile", "device",
-}  # fmt: skip
+_MAY_CHANGE = {"data", "out", "cache", "strict", "accumulate", "gradient_checkpointing", "save_every", "keep",
+               "val_every", "sample_every", "resume", "dry_run", "gpus", "compile", "device"}  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -108,71 +101,65 @@ class Batch(NamedTuple):
 
 
 def train(config: TrainConfig, prepare: Prepare | None = None) -> Path:
-    """Run a training to its end and return the path of what it made: `lora.safetensors`, or the model's folder.
-
-    prepare: makes the data, in place of `encoded_clips`, which reads them from the folder `data`.
-    """
+    """Train on the data that `prepare`, or else `encoded_clips`, makes; returns the path of the LoRA or the model."""
     opened = checkpoint.open(config.model, Wan)
     config = checked(config, opened)
-    run = resume.Run(vars(config), _MAY_CHANGE)
-    clips, models, inputs = set_up(opened, config, prepare or encoded_clips)
-    transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
-    optimizers = make_optimizers(config, list(models.values()))
-    parts = range(config.accumulate * distributed.size())  # of each step's batch
-    flops = cache(partial(cost.window_flops, outline(opened, config)["transformer"]))
+    with resume.claim(vars(config), _MAY_CHANGE) as run:
+        clips, models, inputs = set_up(opened, config, prepare or encoded_clips)
+        transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
+        optimizers = make_optimizers(config, list(models.values()))
+        parts = range(config.accumulate * distributed.size())  # of each step's batch; without gradients, 4 fit as 1
+        ask = partial(validate, transformer, clips, device, dtype, 4 * math.ceil(config.batch / len(parts)))
+        flops = cache(partial(cost.window_flops, outline(opened, config)["transformer"]))
 
-    with run.open(models, optimizers, inputs, {"base": config.model, **dataset.facts(clips)}) as steps:
-        for step in steps:
-            begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = lr
-            for part in distributed.my_share(parts):
-                batch = draw(clips, config, step, part)
-                with _autocast(device, dtype):
-                    part_loss = step_loss(transformer, batch, clips.context, config.weighting, device)
-                (part_loss * distributed.size()).backward()  # as gradients become the mean over the processes
-                loss += part_loss.item()
-            loss = distributed.all_reduce(loss, device)
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {step}; start again with a lower --lr and another --out")
-            torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+        with run.open(models, optimizers, inputs, {"base": config.model, **dataset.facts(clips)}) as steps:
+            if run.due(config.val_every) and steps.start == 0:
+                run.log(run.judge(ask()))  # what there is before anything is trained
+            for step in steps:
+                begun, lr, loss = time.monotonic(), config.lr * rate(step, config.steps), 0.0
+                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                    group["lr"] = lr
+                for part in distributed.my_share(parts):
+                    batch = draw(clips, config, step, part)
+                    with _autocast(device, dtype):
+                        part_loss = step_loss(transformer, batch, clips.context, config.weighting, device)
+                    (part_loss * distributed.size()).backward()  # as gradients become the mean over the processes
+                    loss += part_loss.item()
+                loss = distributed.all_reduce(loss, device)
+                if not math.isfinite(loss):
+                    raise ValueError(f"the loss is {loss} at step {step}; start anew with a lower --lr, another --out")
+                torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
 
-            shape = batch.x0.shape[1:]
-            figures = run.count(loss, time.monotonic() - begun, cost.tokens(shape), flops(shape)) | {"lr": lr}
-            if run.due(config.val_every, at_end=True):
-                windows = math.ceil(config.batch / len(parts))  # at a time
-                figures |= distributed.broadcast(validate(transformer, clips, device, dtype, windows))
-                if run.is_best(figures) and not config.full:
-                    write(run.out / "best.safetensors", opened, models, config, clips.digest, step + 1)
-            run.log(figures)
-            if run.due(config.sample_every):
-                run.save_filmstrip(f"step-{step + 1:06d}.png", *filmstrip(opened, transformer, clips, config))
-            run.save()
+                shape = batch.x0.shape[1:]
+                figures = run.count(loss, time.monotonic() - begun, cost.tokens(shape), flops(shape)) | {"lr": lr}
+                if run.due(config.val_every, at_end=True):
+                    figures |= run.judge(ask())
+                    if run.figures["best"] == step + 1 and not config.full:
+                        write(run.out / "best.safetensors", opened, models, config, clips.digest, step + 1)
+                run.log(figures)
+                if run.due(config.sample_every):
+                    run.save_filmstrip(f"step-{step + 1:06d}.png", *filmstrip(opened, transformer, clips, config))
+                run.save()
 
-    result = run.out / ("model" if config.full else "lora.safetensors")
-    write(result, opened, models, config, clips.digest, config.steps)
-    run.save_filmstrip("filmstrip.png", *filmstrip(opened, transformer, clips, config))
-    dataset.tell_skipped(clips.skipped, len(clips.latents), config.data, config.strict)
-    run.finish(result)
+        result = run.out / ("model" if config.full else "lora.safetensors")
+        write(result, opened, models, config, clips.digest, config.steps)
+        run.save_filmstrip("filmstrip.png", *filmstrip(opened, transformer, clips, config))
+        dataset.tell_skipped(clips.skipped, len(clips.latents), config.data, config.strict)
+        run.finish(result)
     return result
 
 
-def set_up(
-    opened: Opened, config: TrainConfig, prepare: Prepare
-) -> tuple[Dataset, nn.ModuleDict, dict[str, str | None]]:
+def set_up(opened: Opened, config: TrainConfig, prepare: Prepare) -> tuple[Dataset, nn.ModuleDict, dict]:
     """The data, the models on their device and ready to train, and fingerprints of what the run is made from."""
     encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
     clips = prepare(opened, config, encoder)
-    first, alone, dtype = distributed.rank() == 0, distributed.size() == 1, getattr(torch, config.dtype)
-    if first:  # frozen weights need no more precision than they compute in
-        stored = torch.float32 if config.full else dtype
-        device = config.device if alone and not config.from_scratch else "cpu"
-        transformer = opened.transformer(stored, device, config.expert or "high")
-    else:  # `shard` fills it with weights of the first process
-        transformer = opened.outline()[0]
+    first, alone = distributed.rank() == 0, distributed.size() == 1  # `shard` gives the others the first one's weights
+    stored = torch.float32 if config.full else getattr(torch, config.dtype)  # what is frozen only has to compute in it
+    device = config.device if alone and not config.from_scratch else "cpu"
+    transformer = opened.transformer(stored, device, config.expert or "high") if first else opened.outline()[0]
     models = nn.ModuleDict({"transformer": transformer} | ({"text_encoder": encoder} if encoder else {}))
     torch.manual_seed(config.seed)
     for model in models.values() if config.from_scratch else ():
@@ -183,7 +170,7 @@ def set_up(
         torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape of latents is compiled separately
         transformer.compile_blocks()
     if config.gradient_checkpointing:
-        recompute_blocks(transformer)
+        transformer.recompute_blocks()
     if not alone:
         shard(models, config.device)
     return clips, models.to(config.device), inputs
@@ -203,9 +190,7 @@ def encoded_clips(opened: Opened, config: TrainConfig, encoder: nn.Module | None
     return dataset.prepare(config.data, cut, config.strict, encode, name, config.cache, contexts, config.seed)
 
 
-def context_of(
-    opened: Opened, config: TrainConfig, encoder: nn.Module | None, captions: list[str]
-) -> dataset.Context:
+def context_of(opened: Opened, config: TrainConfig, encoder: nn.Module | None, captions: list[str]) -> dataset.Context:
     """What gives the embeddings (b, T, text_dim) of prompts: `encoder` if it is trained, else what is stored."""
     if encoder:
         tokenizer = opened.tokenizer()
@@ -232,42 +217,45 @@ def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch
 
 def step_loss(network: nn.Module, batch: Batch, context: dataset.Context, weighting: str, device: str) -> Tensor:
     """The FAFM loss (scalar) of one part of a step's batch, times its share: the parts' add up to the batch's."""
-    x0, x1, tau = (tensor.to(device) for tensor in (batch.x0, batch.x1, batch.tau))
+    x0, x1, tau = (tensor.to(device) for tensor in batch[:3])
     velocity = network(flow.interpolate(x0, x1, tau), tau, context(batch.prompts))
     return flow.fafm_loss(velocity, x0, x1, tau, weighting) * batch.share
 
 
 @torch.no_grad()
-def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, float]:
-    """Losses on at most 16 fixed windows with fixed noise and τ, which can be compared between steps and runs.
+def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype, batch: int = 16) -> dict[str, Tensor]:
+    """The loss of each of T fixed triples of clip, noise and τ, at least 64, by kind of τ → (T,) for each kind.
 
-    One loss for each kind of τ: the same for all frames (`sync`), one each (`async`), the first frame clean and one for
-    the others (`clean`). `copy` is the error of the frame next to a clean one, predicted in one step with all others
-    pure noise: 0 if it is right to the bit; about 1, the variance of the latents, if only the prompt is used.
+    `sync` is one level for all frames, `async` one each, `clean` a clean first frame and one level for the others, and
+    `copy` the error of the frame next to a clean one, predicted in one step with all others pure noise. Triples are the
+    same at every step and in every run with these clips. batch: how many each process takes at a time.
     """
-    shown = clips.validation[:16]
-    V, F = len(shown), clips.latents[shown[0]].shape[1]
-    generator = torch.Generator().manual_seed(0)
-    x1s = [torch.randn(clips.latents[i].shape, generator=generator) for i in shown]
-    together = ((torch.arange(V) + 0.5) / V)[:, None].repeat(1, F)  # evenly over [0, 1]
-    later = (torch.arange(F) > 0).float()  # 0 for the first frame
-    taus = {"sync": together, "async": torch.rand(V, F, generator=generator), "clean": together * later}
-    if F > 1:
-        taus["copy"] = later.repeat(V, 1)
-    losses = dict.fromkeys(taus, 0.0)
-    for bucket in dataset.by_shape([x1.shape for x1 in x1s], range(V)):
-        for members in (bucket[i : i + batch] for i in range(0, len(bucket), batch)):
-            x0 = torch.stack([clips.latents[shown[i]] for i in members]).to(device)
-            x1 = torch.stack([x1s[i] for i in members]).to(device)
-            context = clips.context([clips.prompts[shown[i]] for i in members])
-            for name, levels in taus.items():
-                tau = levels[members].to(device)
-                with _autocast(device, dtype):
-                    velocity = network(flow.interpolate(x0, x1, tau), tau, context)
-                counted = slice(1, 2) if name == "copy" else slice(None)  # frames
-                error = flow.fafm_loss(*(x[:, :, counted] for x in (velocity, x0, x1)), tau[:, counted])
-                losses[name] += error.item() * len(members) / V
-    return losses
+    shapes = [clips.latents[i].shape for i in clips.validation]
+    V, losses = len(shapes), {}
+    T = V * math.ceil(64 / V)
+    kinds = ("sync", "async", "clean", "copy") if shapes[0][1] > 1 else ("sync", "async", "clean")
+    for places in dataset.by_shape(shapes, range(V)):
+        asked = [(kind, t) for kind in kinds for t in range(T) if t % V in places]
+        for mine in distributed.in_shares(asked, batch):
+            shown = [clips.validation[t % V] for _, t in mine]
+            x0 = torch.stack([clips.latents[i] for i in shown]).to(device)
+            noised = zip(*(_noise(kind, t, T, x0.shape[1:]) for kind, t in mine), strict=True)
+            x1, tau = (torch.stack(part).to(device) for part in noised)
+            with _autocast(device, dtype):
+                velocity = network(flow.interpolate(x0, x1, tau), tau, clips.context([clips.prompts[i] for i in shown]))
+            for k, (kind, t) in enumerate(mine):
+                counted = (slice(k, k + 1), slice(None), slice(1, 2) if kind == "copy" else slice(None))
+                losses[kind, t] = flow.fafm_loss(velocity[counted], x0[counted], x1[counted], tau[counted[::2]]).item()
+    losses = {asked: loss for found in distributed.gather(losses) for asked, loss in found.items()}
+    return {kind: torch.tensor([losses[kind, t] for t in range(T)]) for kind in kinds}
+
+
+def _noise(kind: str, t: int, T: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The noise x1 of `shape` (C, F, H, W) and the τ (F,) of triple t of T in a validation; see there for the kinds."""
+    generator, F = torch.Generator().manual_seed(t), shape[1]
+    x1, apart = torch.randn(shape, generator=generator), torch.rand(F, generator=generator)
+    together, later = torch.full((F,), (t + 0.5) / T), (torch.arange(F) > 0).float()  # evenly in [0, 1]; not the first
+    return x1, {"sync": together, "async": apart, "clean": together * later, "copy": later}[kind]
 
 
 def rate(step: int, steps: int) -> float:
@@ -278,32 +266,23 @@ def rate(step: int, steps: int) -> float:
 
 def trainable(transformer: Wan, config: TrainConfig) -> list[nn.Parameter]:
     """Give the transformer a new LoRA and freeze the rest, or with --full unfreeze it all; returns what is trained."""
-    if not config.full:
-        return lora.inject(transformer, config.rank, config.alpha)
-    return list(transformer.requires_grad_(True).parameters())
-
-
-def recompute_blocks(transformer: Wan) -> None:
-    """Gradient checkpointing: store only the input of each block, and compute the block again in the backward pass."""
-    for block in transformer.blocks:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=False)
+    full = config.full
+    return [*transformer.requires_grad_().parameters()] if full else lora.inject(transformer, config.rank, config.alpha)
 
 
 def shard(models: nn.ModuleDict, device: str) -> None:
     """Give each process a shard of every parameter; those of a block are gathered when it computes."""
-    units = []
-    for block in models["transformer"].blocks:  # the prompt's keys and values are computed outside its forward
-        units += [[block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k], block]
     for name, model in models.items():
-        distributed.shard(model, units if name == "transformer" else [], device)
+        blocks = model.blocks if name == "transformer" else ()  # a prompt's keys and values come before their forward
+        units = [[block.cross_attn.k, block.cross_attn.v, block.cross_attn.norm_k] for block in blocks]
+        distributed.shard(model, [*units, *blocks], device)
 
 
 def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.optim.Optimizer]:
     """AdamW; with `--muon`, Muon for the matrices of the blocks, scaled to AdamW's step, and AdamW for the rest."""
     layers = [layer for model in models for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
     matrices = {layer.weight: None for layer in layers if config.muon}
-    trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
-    rest = [parameter for parameter in trained if parameter not in matrices]
+    rest = [p for model in models for p in model.parameters() if p.requires_grad and p not in matrices]
     optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)]
     if matrices:
         optimizers.append(torch.optim.Muon(list(matrices), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
@@ -315,7 +294,7 @@ def outline(opened: Opened, config: TrainConfig) -> nn.ModuleDict:
     transformer, _, encoder = opened.outline()
     trainable(transformer, config)
     if config.gradient_checkpointing:
-        recompute_blocks(transformer)
+        transformer.recompute_blocks()
     return nn.ModuleDict({"transformer": transformer, "text_encoder": encoder})
 
 
@@ -324,15 +303,13 @@ def rehearse(config: TrainConfig) -> None:
     opened = checkpoint.open(config.model, Wan, rehearsal=True)
     config = checked(config, opened)
     cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
-    sources, skipped = dataset.look_through(config.data, cut, config.strict)
+    sources, _ = dataset.look_through(config.data, cut, config.strict)
     width, height = max((source.size for source in sources), key=math.prod)
     at_a_time, dtype = math.ceil(config.batch / config.gpus / config.accumulate), getattr(torch, config.dtype)
     shape = (at_a_time, opened.config.in_dim, tasks.latent_frames(config.frames), height // 8, width // 8)
-    stored = torch.float32 if config.full else dtype
-    print(dataset.summary(sources, skipped, cut))
     print(cost.training(
-        outline(opened, config)["transformer"], partial(trainable, config=config), recompute_blocks, shape, stored,
-        dtype, config.gpus, config.steps, config.batch,
+        outline(opened, config)["transformer"], partial(trainable, config=config), Wan.recompute_blocks, shape,
+        torch.float32 if config.full else dtype, dtype, config.gpus, config.steps, config.batch,
     ))  # fmt: skip
 
 
@@ -368,8 +345,8 @@ def filmstrip(
         F, N = x0.shape[2], tasks.pixel_frames(x0.shape[2])
         x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(config.device)
         velocity = partial(transformer, context=clips.context([clips.prompts[index]]))
-        titles = (f"clip: {clips.prompts[index]}", "from its first frame", "from its prompt")
-        for title, m in zip(titles, ([0.0] * F, [0.0] + [1.0] * (F - 1), [1.0] * F), strict=True):
+        given = {f"clip: {clips.prompts[index]}": F, "from its first frame": 1, "from its prompt": 0}
+        for title, m in ((title, [0.0] * k + [1.0] * (F - k)) for title, k in given.items()):
             taus = tasks.tau_schedule(m, preset.steps, preset.shift)[walked]
             latents = flow.denoise(velocity, x0, x1, taus) if any(m) else x0
             rows.append((title, vae.decode(latents)[0].float().cpu()))
@@ -384,31 +361,19 @@ def _autocast(device: str, dtype: torch.dtype) -> torch.autocast:
 
 def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
     """The config, filled in with the model's values. Raises ValueError for flags that exclude each other."""
-    processes, expert = distributed.size(), config.expert
+    processes, gpus, expert, full, expect = distributed.size(), config.gpus, config.expert, config.full, cli.expect
     many = f" on {processes} processes" if processes > 1 else ""
-    parts = f"--accumulate {config.accumulate}{many or f' on {config.gpus} GPUs' * (config.gpus > 1)}"
-    advice = "leave out --expert" if expert else "choose one of them by --expert high or --expert low"
-    for wrong, sentence in (
-        (config.gpus > 1 and not config.dry_run,
-         f"got --gpus {config.gpus} without --dry-run; leave it out, it is torchrun that says how many"),
-        (config.accumulate * processes * config.gpus > config.batch,
-         f"got {parts} for --batch {config.batch}, expected a window for each part"),
-        (many and config.muon, f"got --muon{many}, expected a single one; leave it out"),
-        (many and config.compile, f"got --compile{many}, expected a single one; leave it out"),
-        (config.from_scratch and not config.full,
-         "got --from-scratch without --full: a LoRA needs trained weights under it; add --full"),
-        (config.muon and not config.full,
-         "got --muon without --full: Muon is for whole matrices, not for a LoRA's pairs; add --full"),
-        (opened.two_experts != bool(expert),
-         f"{config.model} has {'one transformer' if expert else 'two experts'}; {advice}"),
-        (config.boundary is not None and not expert, "got --boundary without --expert, expected both or neither"),
-        (expert and config.from_scratch,
-         "got --from-scratch with --expert: the other expert would not know the new text encoder"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(sentence)
-    flow.shifted(1.0, config.shift)
-    width, height = cli.parse_size(config.size) if config.size else opened.preset.size
+    expect(config.dry_run or gpus == 1, f"--gpus {gpus} without --dry-run", "torchrun to say how many")
+    parts = f"--accumulate {config.accumulate}{many or f' on {gpus} GPUs' * (gpus > 1)} for --batch {config.batch}"
+    expect(config.accumulate * processes * gpus <= config.batch, parts, "a window for each part")
+    expect(not (many and (config.muon or config.compile)), f"--muon or --compile{many}", "a single one; leave it out")
+    expect(full or not config.from_scratch, "--from-scratch without --full", "both, as a LoRA needs trained weights")
+    expect(full or not config.muon, "--muon without --full", "both, as Muon is for whole matrices, not a LoRA's pairs")
+    choice = "high or low, as it has two experts" if opened.two_experts else "none, as it has one transformer"
+    expect(opened.two_experts == bool(expert), f"--expert {expert} for {config.model}", choice)
+    expect(expert or config.boundary is None, "--boundary without --expert", "both or neither")
+    expect(not (expert and config.from_scratch), "--from-scratch with --expert", "one, as experts share a text encoder")
+    width, height = cli.parse_size(config.size or "{}x{}".format(*opened.preset.size))
     frames = opened.preset.frames if config.frames is None else config.frames
     tasks.latent_frames(frames)
     device = cli.pick_device(config.device)

@@ -48,7 +48,7 @@ def compute_missing(
 ) -> list[tuple[Path, int] | None]:
     """For each item the file of compute(item) in fp32, and how many rows it has; None where compute gives None.
 
-    An item's key names its file. A file that can be read is not computed again.
+    An item's key names its file. A file that can be read is not computed again. ValueError if nothing can be written.
     """
     paths = [Path(folder) / f"{name}.safetensors" for name in keys]
     rows = {}
@@ -56,6 +56,8 @@ def compute_missing(
         with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:  # not there, or broken
             rows[path] = file.get_slice("tensor").get_shape()[0]
     missing = {path: item for path, item in zip(paths, items, strict=True) if path not in rows}
+    if missing:
+        cli.try_writing(folder, "--cache, or for sampling $NANOPUSA_CACHE")
     progress = cli.Progress(len(missing), label)
     for path, item in missing.items():
         tensor = compute(item)

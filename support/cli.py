@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import types
 import typing
 import uuid
@@ -94,9 +95,9 @@ def run(command: Callable[[], None]) -> None:
         return command()
     except KeyboardInterrupt as stop:
         status, sentence = 130, str(stop) or "stopped"  # as a shell expects after Ctrl-C
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         status, sentence, kind = 2, " ".join(str(error).split()), type(error).__name__  # torch's may not be loaded
-        if kind == "OutOfMemoryError":
+        if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in sentence:
             sentence = "the device has not enough memory for this; try a smaller --size or --frames; --offload to "
             sentence += "sample; --gradient-checkpointing or --accumulate to train"
         elif kind in ("InductorError", "TritonMissing", "GPUTooOldForTriton"):
@@ -118,16 +119,38 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")  # nobody else's, on any machine
     try:
-        yield temporary
-        if temporary.is_file():  # some writers make files that only their owner can read
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            if temporary.is_file():  # some writers make files that only their owner can read
+                mask = os.umask(0)
+                os.umask(mask)
+                temporary.chmod(0o666 & ~mask)
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """OSError in one sentence if the disk is full while the block writes `path`."""
+    try:
+        yield
+    except Exception as error:  # Python, safetensors, torch and PyAV have each their own, and their own words
+        if re.search("No space left|quota exceeded|inline_container|PyAV callback", str(error)):
+            advice = "make room, and run the same command again, a training with --resume"
+            raise OSError(f"cannot write {path}, as the disk is full; {advice}") from error
+        raise
+
+
+def try_writing(folder: Path | str, flag: str) -> None:
+    """Make the folder. ValueError if nothing can be written there; flag: what names another one."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}); choose another folder by {flag}") from None
 
 
 def write_json(path: Path | str, content: dict) -> None:
@@ -162,6 +185,11 @@ class Progress(tqdm):
             self.last_print_t = 0.0
         self.update()
 
+    def tell(self, sentence: str) -> None:
+        """Put a line that stays above the one that is redrawn."""
+        start = "\r\033[K" if sys.stderr.isatty() else ""
+        print(f"{start}{sentence}", file=sys.stderr, flush=True)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         terminal = sys.stderr.isatty()  # it draws over the last line, which a log cannot
         start, end = "\r\033[K" if terminal else "", "" if terminal and self.n < self.total else "\n"
@@ -177,6 +205,7 @@ def pick_device(name: str | None) -> str:
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    expect(name != "meta", "--device meta", "a device that computes, such as cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import math
+import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -36,6 +38,7 @@ class Source(NamedTuple):
     clip: Clip
     size: tuple[int, int]  # width and height in pixels to scale it to
     windows: int  # that it can be cut into
+    rest: int = 0  # frames after the last window
 
 
 class Skipped(NamedTuple):
@@ -60,7 +63,7 @@ class Dataset(NamedTuple):
     latents: Sequence[Tensor]
     prompts: list[str]  # of each window
     context: Context
-    validation: list[int]  # one window of each clip that is held out of training
+    validation: list[int]  # one window of each clip that is held out of training, or else of at most 16 others
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
     digest: str = ""  # of the captions and latents
     skipped: Sequence[Skipped] = ()
@@ -70,8 +73,8 @@ def find_clips(folder: Path | str) -> list[Clip]:
     """Every clip or image of a folder with its caption, sorted by path; "" where there is none.
 
     The clips are listed in `metadata.jsonl`, or else `metadata.csv`, or else `videos.txt` with `prompts.txt` or
-    `prompt.txt` line by line; without a list, they are all media files. Clips may lie in the folder or in its `train/`.
-    A caption that the list lacks is read from the `.txt` beside the clip.
+    `prompt.txt` line by line, and lie in the folder or in its `train/`; without a list, they are all media files of the
+    folder and of subfolders that are not hidden. A caption that the list lacks is read from the `.txt` beside the clip.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -107,7 +110,10 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{path} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
         return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
     suffixes = media.VIDEO_SUFFIXES + media.IMAGE_SUFFIXES
-    files = [path for pattern in ("[!.]*", "train/[!.]*") for path in folder.glob(pattern)]
+    files = []
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]  # where it goes on
+        files += [Path(inside, name) for name in names if name[0] != "."]
     return [(path.relative_to(folder).as_posix(), "") for path in files if path.suffix.lower() in suffixes]
 
 
@@ -167,31 +173,38 @@ def write_clip(folder: Path | str, number: int, video: Tensor, fps: float, capti
 
 
 def look_through(folder: Path | str, cut: Cut, strict: bool) -> tuple[list[Source], list[Skipped]]:
-    """The clips of a folder that can be used, and those that cannot, which are printed as by `tell_skipped`."""
+    """The clips of a folder that can be used, and those that cannot; prints `tell_skipped` and `summary` of them."""
     sources, skipped = survey(find_clips(folder), cut)
     tell_skipped(skipped, len(sources), folder, strict)
+    print(summary(sources, skipped, cut))
     return sources, skipped
 
 
 def tell_skipped(skipped: Sequence[Skipped], usable: int, folder: Path | str, strict: bool) -> None:
     """Print which clips are left out, and why. ValueError if none may be, or if none is left."""
     if skipped and (strict or not usable):
-        first = f"{len(skipped)} of {len(skipped) + usable} clips in {folder} cannot be used, the first is "
+        alike = [re.match("[a-z ]*", reason)[0] for _, reason in skipped]
+        (most, count), *_ = Counter(alike).most_common()
+        example, reason = skipped[alike.index(most)]
         advice = "mend or remove them, or leave out --strict" if usable else "mend them or add others"
-        raise ValueError(f"{first}{skipped[0].path.name} ({skipped[0].reason}); {advice}")
+        raise ValueError(f"{len(skipped)} of {len(skipped) + usable} clips in {folder} cannot be used, {count} of them "
+                         f"like {example.name} ({reason}); {advice}")  # fmt: skip
     if skipped:
         print("\n".join([f"clips left out: {len(skipped)}", *(f"  {path.name}: {why}" for path, why in skipped)]))
 
 
 def summary(sources: Sequence[Source], skipped: Sequence[Skipped], cut: Cut) -> str:
-    """How many windows there are, and of which sizes, in words."""
+    """How many windows there are, of which sizes, what is left over, and what validation is on, in words."""
     windows = Counter()
     for source in sources:
         windows[source.size] += source.windows
+    rest, apart = sum(source.rest for source in sources), held_out(len(sources))
     return "\n".join([
-        f"{len(sources)} of {len(sources) + len(skipped)} clips, "
-        f"{windows.total()} windows of {cut.frames} frames at {cut.fps:g} fps",
+        f"{len(sources)} of {len(sources) + len(skipped)} clips, {windows.total()} windows of {cut.frames} frames at "
+        f"{cut.fps:g} fps" + f"; frames at the ends of clips that fill no window: {rest}" * (rest > 0),
         *(f"  {width}x{height}: {count} windows" for (width, height), count in sorted(windows.items())),
+        f"validation on {apart} clips, set apart" if apart else
+        f"validation on {min(16, len(sources))} of the clips that are trained on, as fewer than 80 can spare none",
     ])  # fmt: skip
 
 
@@ -209,9 +222,10 @@ def survey(clips: Sequence[Clip], cut: Cut) -> tuple[list[Source], list[Skipped]
                 raise ValueError(f"no caption: write one in {clip.path.with_suffix('.txt').name} beside it")
             width, height, length = media.probe(clip.path, cut.fps)
             if length < cut.frames:
-                raise ValueError(f"too short: {length} frames at {cut.fps:g} fps, expected {cut.frames}")
+                raise ValueError(f"too short: {length} frames at {cut.fps:g} fps, expected {cut.frames}; "
+                                 f"--frames {length - (length - 1) % 4} takes it")  # fmt: skip
             size = bucket(width, height, cut.size) if cut.buckets else cut.size
-            sources.append(Source(clip, size, length // cut.frames))
+            sources.append(Source(clip, size, *divmod(length, cut.frames)))
         except ValueError as error:
             skipped.append(_skipped(clip.path, error))
     return sources, skipped
@@ -236,7 +250,7 @@ def prepare(
     folder: Path | str, cut: Cut, strict: bool, encode: Callable[[Tensor], Tensor], encoder_name: str,
     cache_folder: Path | str, context_of: Callable[[list[str]], Context], seed: int,
 ) -> Dataset:  # fmt: skip
-    """Encode all clips, or find what an earlier run encoded, and set one in ten (at most 16) apart for validation.
+    """Encode all clips, or find what an earlier run encoded, and set some apart for validation, as by `held_out`.
 
     encode, encoder_name: as in `latents`, whose folder is `cache_folder`; context_of(captions) makes the `context`.
     """
@@ -251,19 +265,24 @@ def prepare(
     captions = [source.clip.caption for source, _ in usable]
     keys = [places[0][0].stem for _, places in usable]  # a file's name stands for its latents
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = min(16, len(usable) // 10)
-    learned = set(order[held_out:])
+    apart = held_out(len(usable))
+    learned = set(order[apart:])
     sizes = [usable[k][0].size for k in clip_of]  # in pixels; of one size, latents have one shape
     return Dataset(
         latents=cache.StoredTensors([place for _, places in usable for place in places]),
         prompts=[captions[k] for k in clip_of],
         context=context_of(captions),
-        # A dataset too small to spare a clip is validated on what it trains on: better than no figure at all.
-        validation=[clip_of.index(k) for k in order[:held_out] or order],
+        # A dataset too small to spare clips is validated on what it trains on: better than a figure of one or two.
+        validation=[clip_of.index(k) for k in order[: apart or 16]],
         training=by_shape(sizes, [i for i, k in enumerate(clip_of) if k in learned]),
         digest=hashlib.sha256(json.dumps([*zip(captions, keys, strict=True)]).encode()).hexdigest()[:16],
         skipped=skipped,
     )
+
+
+def held_out(clips: int) -> int:
+    """How many of so many clips are set apart for validation: one in ten, at most 16, and none if below eight."""
+    return min(16, clips // 10) if clips >= 80 else 0
 
 
 def facts(dataset: Dataset) -> dict:

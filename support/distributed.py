@@ -76,6 +76,16 @@ def my_share(items: Sequence) -> Sequence:
     return items[rank() :: size()]
 
 
+def in_shares(items: Sequence, at_a_time: int) -> Iterator[Sequence]:
+    """This process's share of the items, so many at a time, in as many parts as every process gets.
+
+    All must call a sharded network equally often: a process for which nothing is left gets an item of the first one's.
+    """
+    for start in range(0, len(items), at_a_time * size()):
+        together = items[start : start + at_a_time * size()]
+        yield my_share(together) or together[:1]
+
+
 def each_its_share(load: Callable[[Sequence], Any], items: Sequence) -> Any:
     """load(items), where load stores what it computes: each process computes its share, then each reads everything."""
     if size() > 1:
@@ -90,6 +100,14 @@ def all_reduce(number: float, device: str) -> float:
     if size() > 1:
         dist.all_reduce(total)
     return total.item()
+
+
+def gather(value: Any) -> list:
+    """The values that the processes have, in their order."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast(value: Any) -> Any:

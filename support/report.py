@@ -1,6 +1,6 @@
 """What came of a training: its page `report.html`.
 
-    python -m support.report runs/pusa     writes the page anew from the files of a run, finished or not
+    python -m support.report runs/pusa-001     writes the page anew from the files of a run, finished or not
 
 The page is one file without links to others: curves are SVG, pictures are inside it.
 """
@@ -19,7 +19,7 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222 }}
-img {{ max-width: 100% }} svg {{ width: 100%; height: auto }} h2 {{ margin-top: 2em }}
+img {{ max-width: 100% }} svg {{ width: 100%; height: auto; overflow: visible }} h2 {{ margin-top: 2em }}
 td {{ padding: 0 2em 0 0; vertical-align: top }} td:first-child {{ color: #777 }}
 </style>
 <body>
@@ -49,7 +49,7 @@ def write(folder: Path | str) -> Path:
     """Write `report.html` from the other files in the folder of a run → its path. ValueError if there is no run."""
     folder = Path(folder)
     if not (folder / "settings.json").is_file():
-        raise ValueError(f"{folder} holds no run: expected the folder of one, with settings.json, such as runs/pusa")
+        raise ValueError(f"{folder} holds no run: expected a folder with settings.json, such as runs/pusa-001")
     paths = (folder / "settings.json", folder / "facts.json")
     settings, facts = (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths)
     metrics, skipped = read_metrics(folder), facts.pop("skipped", [])
@@ -69,12 +69,10 @@ def write(folder: Path | str) -> Path:
 
 
 def _curves(metrics: list[dict[str, float]]) -> list[str]:
-    losses = ("sync", "async", "clean")
-    scores = {line["step"]: sum(line[name] for name in losses) for line in metrics if "sync" in line}
-    best = min((step for step in scores if math.isfinite(scores[step])), key=scores.get, default=None)
+    best = metrics[-1].get("best") if metrics else None
     return [
         plots.curves("training loss, and smoothed", metrics, [("loss", "smooth")]),
-        plots.curves("validation: fixed clips, noise and τ", metrics, [[name] for name in losses], best),
+        plots.curves("validation: fixed clips, noise and τ", metrics, [("sync",), ("async",), ("clean",)], best),
         plots.curves("validation: error of the frame next to a clean one", metrics, [("copy",)]),
         plots.curves("learning rate", metrics, [("lr",)]),
     ]
@@ -88,19 +86,12 @@ def _cost(settings: dict, facts: dict, last: dict) -> list[tuple[str, str]]:
         ("steps", f"{last['step']} of {settings['steps']}"),
         ("windows seen", str(last["step"] * settings["batch"])),
         ("operations", f"{flops:.3g} FLOP, {here:.3g} a second"),
-        ("time", f"{_duration(seconds)} on {facts.get('device', 'this machine')}"),
-        ("the same on the paper's hardware", _duration(flops / there)),
+        ("time", f"{cli.duration(seconds)} on {facts.get('device', 'this machine')}"),
+        ("the same on the paper's hardware", cli.duration(flops / there)),
         ("the paper's training", f"{paper:.3g} FLOP, {paper / max(flops, 1):.3g} times this run"),
-        ("the paper's training on its hardware", _duration(paper / there)),
-        ("the paper's training here, at this run's speed", _duration(paper / max(here, 1))),
+        ("the paper's training on its hardware", cli.duration(paper / there)),
+        ("the paper's training here, at this run's speed", cli.duration(paper / max(here, 1))),
     ]
-
-
-def _duration(seconds: float) -> str:
-    for name, length in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {name}"
-    return f"{seconds:.3g} seconds"
 
 
 def _table(title: str, rows: Iterable[tuple[str, object]]) -> str:
@@ -110,7 +101,7 @@ def _table(title: str, rows: Iterable[tuple[str, object]]) -> str:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    run: str = cli.option("runs/pusa", "folder of a run of train.py", positional=True, nargs="?")
+    run: str = cli.option("", "folder of a run of train.py", positional=True)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     settings.json   the flags                          facts.json      what was trained on what
     metrics.jsonl   a line of figures each step        state-N.pt      weights and optimizers after step N
+    .lock           held by the process that writes here, and let go when it ends, however it ends
 
 A step of `train.py` follows from the seed and its own number, so these are all there is to know. Each file appears
 whole or not at all. The first of several processes writes, and a state does not depend on how many they were.
@@ -9,13 +10,13 @@ whole or not at all. The first of several processes writes, and a state does not
 
 import hashlib
 import json
-import math
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,67 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def claim(settings: dict, may_change: set[str]) -> Iterator["Run"]:
+    """A run that no other one can disturb: to the end of the block, or of the process, its folder is its own.
+
+    The folder is settings["out"], or else the next free one of runs/pusa-001, runs/pusa-002, ..., or the last of these
+    with settings["resume"]. ValueError if it is another run's or cannot be written to, and as by `Run`.
+    """
+    first = distributed.rank() == 0
+    out = Path(distributed.broadcast(settings["out"] or first and str(_numbered(settings["resume"]))))
+    with _locked(out) if first else nullcontext():
+        yield Run(settings | {"out": str(out)}, may_change)
+
+
+def _numbered(resume: bool) -> Path:
+    """The last of runs/pusa-NNN, or with `resume` false the next one, which is made."""
+    number = _last()
+    while not resume:
+        number += 1
+        with suppress(FileExistsError):  # another run took it just now
+            Path(f"runs/pusa-{number:03d}").mkdir(parents=True)
+            break
+    return Path(f"runs/pusa-{number:03d}")
+
+
+def _last() -> int:
+    return max((int(path.name[5:]) for path in Path("runs").glob("pusa-[0-9][0-9][0-9]")), default=0)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it; afterwards, remove it if nothing was written."""
+    lock = folder / ".lock"
+    cli.try_writing(folder, "--out")
+    with open(lock, "a", encoding="utf-8") as file:
+        try:
+            _lock(file)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):  # its holder just removed it
+                raise PermissionError
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            raise ValueError(f"another run is writing to {folder}; wait for its end, or choose another --out") from None
+        except OSError:  # some network drives cannot lock
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+                folder.rmdir()
+
+
+def _lock(file: IO) -> None:
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Run:
     """A run in its folder, and its figures so far. It knows no model: it is handed what it writes."""
 
@@ -65,6 +127,7 @@ class Run:
         """
         self.settings, self.out, self.steps = settings, Path(settings["out"]), settings["steps"]
         self.figures = {"step": 0, "smooth": None, "best": None, "seconds": 0.0, "flops": 0.0}
+        self.best: dict[str, Tensor] = {}  # the losses of the best validation, by kind
         newest, out = newest_state(self.out), self.out
         if newest and not settings["resume"]:
             raise ValueError(f"got --out {out}, which holds a run; go on with --resume, or choose another folder")
@@ -74,7 +137,7 @@ class Run:
             if path.exists() and not newest:
                 raise ValueError(f"{path} is there, but no state to go on from; choose another --out, or move it away")
         self.state = _read_state(newest) if newest else None
-        before = self.state["settings"] if newest else {}
+        before = self.state["settings"] if newest else _read_settings(out) if settings["resume"] else {}
         for name in settings.keys() & before.keys() - may_change:
             longer = name == "steps" and settings[name] > before[name]
             if settings[name] != before[name] and not longer:
@@ -119,7 +182,7 @@ class Run:
         options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=several, strict=False)
         weights = {"model_state_dict": self.state["model"], "optim_state_dict": self.state["optimizers"]}
         state_dict.set_state_dict(self.model, self.optimizers, **weights, options=options)
-        self.figures, self.state = self.state["figures"], None
+        self.figures, self.best, self.state = self.state["figures"], self.state["best"], None
         print(f"going on from step {self.figures['step']}")
 
     def _prepare_folder(self, facts: dict) -> None:
@@ -130,7 +193,8 @@ class Run:
                 unfinished.unlink()
         cli.write_json(self.out / "settings.json", self.settings)
         cli.write_json(self.out / "facts.json", facts | self._facts())
-        lines = [line for line in report.read_metrics(self.out) if line["step"] <= self.figures["step"]]
+        step = self.figures["step"]
+        lines = [line for line in report.read_metrics(self.out) if line["step"] <= step > 0]
         with cli.replacing(self.out / "metrics.jsonl") as path:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -161,26 +225,38 @@ class Run:
         self.figures["flops"] += batch * flops
         return {"loss": loss, "samples/s": batch / seconds, "tokens/s": batch / seconds * tokens}
 
-    def is_best(self, figures: dict[str, float]) -> bool:
-        """Whether the mean of a validation's three losses is the lowest so far."""
-        score, best = sum(figures[name] for name in ("sync", "async", "clean")) / 3, self.figures["best"]
-        better = math.isfinite(score) and (best is None or score < best)
-        self.figures["best"] = score if better else best
-        return better
+    def judge(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """The means of a validation's losses, (triples,) of each kind; if it is the best so far, notes its step.
+
+        It is if the mean over `sync`, `async` and `clean` fell since the best by more than the standard error of that
+        difference, taken triple by triple: how hard a triple is differs far more than what training changes.
+        """
+        before = self.best or losses
+        gain = sum(before[name] - losses[name] for name in ("sync", "async", "clean")) / 3
+        if not self.best or gain.mean() > gain.std() / len(gain) ** 0.5:
+            self.best, self.figures["best"] = losses, self.figures["step"]
+        return {name: loss.mean().item() for name, loss in losses.items()}
 
     def due(self, every: int, at_end: bool = False) -> bool:
         """Whether what happens every so many steps, 0 for never, happens after this one."""
         return every > 0 and (self.figures["step"] % every == 0 or at_end and self.figures["step"] == self.steps)
 
     def log(self, figures: dict[str, float]) -> None:
-        """Add a step's figures to metrics.jsonl and, where it is installed, to TensorBoard."""
-        self.progress.step(smooth=self.figures["smooth"], **figures)
+        """Add a step's figures to metrics.jsonl and, where it is installed, to TensorBoard; tell a validation's."""
+        step, best = self.figures["step"], self.figures["best"]
+        if "loss" in figures:
+            self.progress.step(smooth=self.figures["smooth"], **figures)
+        if "sync" in figures:
+            told = (f"{name} {figures[name]:.4f}" for name in ("sync", "async", "clean", "copy") if name in figures)
+            self.progress.tell(f"step {step}: {', '.join(told)}" + f"; best: step {best}" * (step > 0))
         if distributed.rank() > 0:
             return
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({**self.figures, **figures}) + "\n")
-        for name, value in {**self.figures, **figures}.items():
-            if self.board and name != "step" and value is not None:
+        line = {name: value for name, value in (self.figures | figures).items() if value is not None}
+        path = self.out / "metrics.jsonl"
+        with cli.writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if self.board and name != "step":
                 self.board.add_scalar(name, value, self.figures["step"])
 
     def save(self) -> None:
@@ -190,7 +266,7 @@ class Run:
         if stop or step == self.steps or self.due(self.settings["save_every"]):
             weights, moments = state_dict.get_state_dict(self.model, self.optimizers, options=_TRAINED)
             if distributed.rank() == 0:
-                state = {"settings": self.settings, "inputs": self.inputs, "figures": self.figures}
+                state = {"settings": self.settings, "inputs": self.inputs, "figures": self.figures, "best": self.best}
                 with cli.replacing(self.out / f"state-{step:06d}.pt") as path:
                     torch.save({**state, "model": weights, "optimizers": moments}, path)
                 for old in sorted(self.out.glob("state-*.pt"), key=_step_of)[: -self.settings["keep"]]:
@@ -216,7 +292,7 @@ def _read_state(path: Path) -> dict:
     try:
         # Only the first of several processes needs the tensors: the others map the file and read none of them.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=distributed.size() > 1)
-        parts = ("settings", "inputs", "figures", "model", "optimizers")
+        parts = ("settings", "inputs", "figures", "best", "model", "optimizers")
         if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
             raise ValueError("it holds something else than a state as it is written today")
         return state
@@ -225,6 +301,14 @@ def _read_state(path: Path) -> dict:
         raise ValueError(
             f"cannot read {path} ({reason}); delete it to go on from the one before, or start again with another --out"
         ) from error
+
+
+def _read_settings(out: Path) -> dict:
+    """What a run began with that was stopped before its first save; empty if even that was not written whole."""
+    try:
+        return dict(json.loads((out / "settings.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return {}
 
 
 def _tensorboard(out: Path, step: int):

@@ -367,6 +367,15 @@ def test_flags_of_training(model, clips, flags):
     command(train, "--model", model, "--data", clips, *flags, "--dry-run")
 
 
+@tries(60)
+@given(data=st.data())
+def test_presets_in_training(model, clips, data):
+    path = model / "sampling.json"
+    preset = edited(data, json.loads(path.read_text(encoding="utf-8")))
+    with changed(path, json.dumps(preset).encode("utf-8", "surrogatepass")):
+        command(train, "--model", model, "--data", clips, "--dry-run")
+
+
 @tries(30)
 @given(data=st.data())
 def test_states_of_a_training(trained, tmp_path, data):

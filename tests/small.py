@@ -47,10 +47,13 @@ def call(module, *arguments) -> Result:
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def mistake(result: Result, *words: str) -> None:
-    """Assert that a run ended with status 2 and one sentence on stderr, which has all of the words."""
+def mistake(result: Result, *words: str, told: str = "") -> None:
+    """Assert that a run ended with status 2 and one sentence on stderr, which has all of the words.
+
+    told: what it printed begins with this; nothing else may be printed.
+    """
     *before, sentence, last = result.err.split("\n")
-    assert result.status == 2 and not last and result.out == "", result
+    assert result.status == 2 and not last and bool(told) == bool(result.out) and result.out.startswith(told), result
     assert "Traceback" not in result.err and all("left" in line for line in before), "more than progress and a sentence"
     assert ".py: " in sentence and len(sentence) < 500, sentence
     for word in words:

@@ -102,6 +102,18 @@ def test_an_interrupted_write_is_never_read_and_runs_may_share_a_cache(tmp_path,
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to .*file/cache .*another folder by --cache"):
+        cache.embeddings(["a"], lambda prompt: pytest.fail("it was computed"), "tiny", tmp_path / "file" / "cache")
+
+
+def test_what_is_all_there_needs_no_folder_to_write_to(tmp_path, monkeypatch):
+    cache.embeddings(["a"], lambda prompt: torch.ones(2, 2), "tiny", tmp_path)
+    monkeypatch.setattr(cache.cli, "try_writing", lambda *a: pytest.fail("nothing is to be written"))
+    assert cache.embeddings(["a"], None, "tiny", tmp_path)[0].sum() == 4
+
+
 def test_embeddings_are_computed_once(tmp_path):
     calls = []
 

@@ -30,7 +30,7 @@ def _outline(config, rank, recomputed=False):
     if rank:
         lora.inject(transformer, rank)
     if recomputed:
-        train.recompute_blocks(transformer)
+        transformer.recompute_blocks()
     return transformer
 
 
@@ -40,7 +40,7 @@ def _measured(full, dtype, again):
     transformer = Wan(CONFIG).to(stored)
     trained = train.trainable(transformer, train.TrainConfig(full=full, rank=4))
     if again:
-        train.recompute_blocks(transformer)
+        transformer.recompute_blocks()
     x, tau, context = torch.randn(SHAPE), torch.rand(2, 7), torch.randn(2, 32, 16)
 
     def forward():
@@ -63,7 +63,7 @@ def test_the_memory_model_is_what_a_real_step_takes(full, dtype):
     """Counted tensors exactly; activations exactly too, and with checkpointing those of one block come on top."""
     trainable = partial(train.trainable, config=train.TrainConfig(full=full, rank=4))
     stored = torch.float32 if full else dtype
-    model, thrifty = cost.memory(Wan, CONFIG, trainable, train.recompute_blocks, SHAPE, stored, dtype, 1)
+    model, thrifty = cost.memory(Wan, CONFIG, trainable, Wan.recompute_blocks, SHAPE, stored, dtype, 1)
     *exact, saved = _measured(full, dtype, again=False)
     assert [model.weights, model.trained, model.gradients, model.optimizer] == exact
     assert model.activations == saved and model.gathered == 0
@@ -78,7 +78,7 @@ def test_the_papers_run_fits_its_gpus_and_its_price():
     """Rank 512 on 14B with one clip of 81 frames at 832x480 on each of 8 GPUs of 80 GB, which cost $500."""
     trainable = partial(lora.inject, rank=PAPER_RANK)
     run = ((1, *PAPER_SHAPE), torch.bfloat16, torch.bfloat16, report.PAPER_GPUS)
-    plain, needed = cost.memory(Wan, PAPER_MODEL, trainable, train.recompute_blocks, *run)
+    plain, needed = cost.memory(Wan, PAPER_MODEL, trainable, Wan.recompute_blocks, *run)
     assert 14.2e9 * 2 < needed.weights * 8 < 14.4e9 * 2 and 2.4e9 * 4 < needed.trained * 8 < 2.5e9 * 4
     assert needed.gradients == needed.trained and needed.total < 60 * 2**30
     assert plain.activations > 300 * 2**30, "without gradient checkpointing it could not"

@@ -31,6 +31,14 @@ def test_captions_beside_the_clips(tmp_path):
     ]  # fmt: skip
 
 
+def test_clips_in_subfolders_are_found_but_for_hidden_ones(tmp_path):
+    for name in ("a/b/c.mp4", ".cache/d.mp4", "a/.hidden/e.mp4", "f.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+        (tmp_path / name).touch()
+    assert found(tmp_path) == {"a/b/c.mp4": "a/b/c.mp4", "f.mp4": "f.mp4"}
+
+
 def test_captions_in_csv(tmp_path):
     empty_media(tmp_path, "train/b.mp4", "a.mp4", "unlisted.mp4")
     (tmp_path / "metadata.csv").write_text(
@@ -145,13 +153,42 @@ def test_survey_sorts_clips(tmp_path):
     clips = [dataset.Clip(tmp_path / f"{name}.mp4", "a ball") for name in ("broken", "gone", "long", "short")]
     clips.append(dataset.Clip(tmp_path / "long.mp4", ""))
     sources, skipped = dataset.survey(clips, dataset.Cut((64, 64), 5, 16))
-    assert sources == [(clips[2], (80, 48), 4)]
-    assert dataset.survey(clips, dataset.Cut((64, 64), 5, 16, False))[0] == [(clips[2], (64, 64), 4)]
+    assert sources == [(clips[2], (80, 48), 4, 3)], "23 frames are four windows of 5, and 3 frames are left"
+    assert dataset.survey(clips, dataset.Cut((64, 64), 5, 16, False))[0] == [(clips[2], (64, 64), 4, 3)]
     assert [(path.name, reason.partition(":")[0]) for path, reason in skipped] == [
         ("broken.mp4", skipped[0].reason.partition(":")[0]), ("gone.mp4", "no such file"), ("short.mp4", "too short"),
         ("long.mp4", "no caption"),
     ]  # fmt: skip
     assert skipped[0].reason.startswith("cannot be read as a video") and "4 frames at 16 fps" in skipped[2].reason
+
+
+def test_when_no_clip_can_be_used_the_reason_of_most_comes_first(tmp_path):
+    (tmp_path / "a.mp4").write_text("no video")
+    (tmp_path / "a.txt").write_text("a")
+    for name, frames in (("b", 10), ("c", 11)):
+        media.write_video(tmp_path / f"{name}.mp4", torch.zeros(3, frames, 32, 32), 16)
+        (tmp_path / f"{name}.txt").write_text(name)
+    words = r"^3 of 3 clips in .* cannot be used, 2 of them like b.mp4 \(too short: 10 frames at 16 fps, expected 33; "
+    with pytest.raises(ValueError, match=words + r"--frames 9 takes it\); mend them"):
+        dataset.look_through(tmp_path, dataset.Cut((32, 32), 33, 16), strict=False)
+    assert len(dataset.survey(dataset.find_clips(tmp_path), dataset.Cut((32, 32), 9, 16))[0]) == 2, "as it says"
+
+
+def test_what_is_used_and_what_is_left_over_is_told(tmp_path, capsys):
+    for name, frames in (("a", 10), ("b", 9)):
+        media.write_video(tmp_path / f"{name}.mp4", torch.zeros(3, frames, 32, 32), 16)
+        (tmp_path / f"{name}.txt").write_text(name)
+    dataset.look_through(tmp_path, dataset.Cut((32, 32), 9, 16), strict=False)
+    first, size, validation = capsys.readouterr().out.splitlines()
+    assert first == "2 of 2 clips, 2 windows of 9 frames at 16 fps; frames at the ends of clips that fill no window: 1"
+    assert size == "  32x32: 2 windows" and validation.startswith("validation on 2 of the clips that are trained on")
+    dataset.look_through(tmp_path, dataset.Cut((32, 32), 1, 16), strict=False)
+    assert "no window" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("clips", "apart"), [(1, 0), (79, 0), (80, 8), (159, 15), (160, 16), (4000, 16)])
+def test_clips_are_set_apart_where_eight_can_be_spared(clips, apart):
+    assert dataset.held_out(clips) == apart
 
 
 @pytest.mark.parametrize("size", [(832, 480), (64, 64), (1280, 720)])

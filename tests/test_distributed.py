@@ -286,6 +286,15 @@ def test_a_process_without_a_gpu_of_its_own_is_one_sentence(second_of_two, monke
         distributed.process_group("cuda").__enter__()
 
 
+def test_all_processes_take_equally_many_parts_and_together_everything(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(list(distributed.in_shares(list(range(14)), 2)))
+    assert parts == [[[0, 3], [6, 9], [12]], [[1, 4], [7, 10], [13]], [[2, 5], [8, 11], [12]]], "the last has one again"
+
+
 def test_other_devices_do_not_work_together(second_of_two, model, clips, tmp_path):
     mistake(call(train, *_flags(model, clips, tmp_path, "--device", "meta")), "--device meta", "expected cuda")
 

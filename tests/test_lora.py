@@ -5,10 +5,11 @@ import pickle
 import re
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from small import Code, call, mistake
 
@@ -542,7 +543,7 @@ def test_equal_input_gives_equal_bytes(wan, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["comfy", "peft", "original"])
-def test_convert(wan, tmp_path, to):
+def test_convert(wan, tmp_path, to, monkeypatch):
     """From musubi-tuner's keys to each layout and back to memory: the same change, byte for byte the same file."""
     change, tensors = _random(wan, rank=4, alpha=6.0), {}
     for name, (A, B, alpha) in change.pairs.items():
@@ -552,6 +553,7 @@ def test_convert(wan, tmp_path, to):
     out = tmp_path / "new" / "out.safetensors"
     ended = call(COMMAND, "convert", tmp_path / "in.safetensors", out, "--to", to)
     assert ended.status == 0, ended.err
+    assert ended.out == f"{out}: 20 pairs and 0 whole parameters, named as for {to}\n"
     expected = {"comfy": "diffusion_model.blocks.1.self_attn.o.lora_A.weight",
                 "peft": "transformer.blocks.1.attn1.to_out.0.lora_A.weight",
                 "original": "blocks.1.self_attn.o.lora_A.default.weight"}  # fmt: skip
@@ -567,7 +569,12 @@ def test_convert(wan, tmp_path, to):
     assert call(COMMAND, "convert", out, again, "--to", to).status == 0
     assert again.read_bytes() == out.read_bytes()
     mistake(call(COMMAND, "convert", out, again), "again.safetensors exists", "--overwrite")
-    assert again.read_bytes() == out.read_bytes()
+    with monkeypatch.context() as patch:
+        full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        patch.setattr(lora_files, "save_file", mock.Mock(side_effect=full))
+        ended = call(COMMAND, "convert", out, again, "--to", to, "--overwrite")
+        mistake(ended, f"cannot write {again}", "as the disk is full")
+    assert again.read_bytes() == out.read_bytes() and sorted(again.parent.glob(".*")) == []
     assert call(COMMAND, "convert", out, again, "--to", "comfy", "--overwrite").status == 0
 
 

@@ -3,7 +3,8 @@
 How its commands are run, in their order, in a copy of what they need (the code, `clips/`, `checkpoints/`):
 
     ```sh     `python FILE.py ...` as it stands, in this process, with modules loaded anew from the copy. Two would
-              take minutes, and get the flags of `SHORTER` on top: train.py two steps, toy.world two clips.
+              take minutes, and get the flags of `SHORTER` on top: train.py two steps without validation, toy.world two
+              clips.
               What sets up or tests (make, venv, activate, pip, ruff, pytest) is not run; its target or file must exist.
     ```diff   an edit of the file that it names: applied to the copy for the next block, then undone.
     ```python run as it stands.
@@ -40,7 +41,7 @@ CONFIGS = {
     "lora.py": lora_files.LoRAConfig, "-m toy.world": world.WorldConfig, "-m toy.grow": grow.TinyConfig,
     "-m toy.judge": judge.JudgeConfig, "-m support.report": report.ReportConfig,
 }  # fmt: skip
-SHORTER = {"train.py": ["--steps", "2"], "-m toy.world": ["--count", "2"]}
+SHORTER = {"train.py": ["--steps", "2", "--val-every", "0"], "-m toy.world": ["--count", "2"]}
 PACKAGES = ("wan", "support", "toy")
 OTHERS_FLAGS = {"--index-url", "--nproc-per-node"}  # of pip and torchrun
 

@@ -24,6 +24,17 @@ def test_a_run_ends_with_a_page_that_stands_alone(model, clips, tmp_path):
     assert (out / "report.html").read_text(encoding="utf-8") == page
 
 
+def test_the_best_of_the_run_is_marked_not_the_lowest(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"steps": 9, "batch": 2}))
+    figures = [(0, 0, 3.0), (5, 5, 2.0), (9, 5, 1.9)]  # the last is lower, by less than it is uncertain
+    lines = [{"step": step, "best": best, "sync": y, "async": y, "clean": y, "copy": y} for step, best, y in figures]
+    lines = [line | {"loss": 1.0, "flops": 1e9, "seconds": 2.0} for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report.write(tmp_path).read_text(encoding="utf-8")
+    assert page.count(">best: step 5<") == 3 and "step 9<" not in page
+    assert "<td>2 s on this machine</td>" in page and "<td>12 h 55 min<" in page
+
+
 def test_a_page_of_an_unfinished_run_and_of_none(tmp_path):
     mistake(call(report, tmp_path / "none"), "holds no run", "settings.json")
     (tmp_path / "settings.json").write_text(json.dumps({"steps": 9, "batch": 2}))

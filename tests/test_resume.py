@@ -3,7 +3,12 @@
 That a whole training goes on to the byte, killed wherever it may be, is asked in test_train.py.
 """
 
+import json
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,8 +85,11 @@ def test_states_rotate_by_their_step_and_unfinished_ones_do_not_count(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no run in"):
         _run(tmp_path, resume=True)
-    (tmp_path / "settings.json").touch()
-    assert _run(tmp_path, resume=True).state is None, "stopped before its first save"
+    for unfinished in ("", "[]", json.dumps(SETTINGS)):
+        (tmp_path / "settings.json").write_text(unfinished)
+        assert _run(tmp_path, resume=True).state is None, "stopped before its first save"
+    with pytest.raises(ValueError, match="with 0.3 as --lr, but the run in .* began with 0.1"):
+        _run(tmp_path, resume=True, lr=0.3)
     model, optimizers = _saved(tmp_path, 1)
     with pytest.raises(ValueError, match="which holds a run; go on with --resume"):
         _run(tmp_path, resume=False)
@@ -99,7 +107,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("state", [[1, 2], {"settings": {}, "inputs": {}, "figures": {}, "trained": []}])
+@pytest.mark.parametrize("state", [[1, 2], dict.fromkeys(("settings", "inputs", "figures", "model", "optimizers"), {})])
 def test_a_state_that_is_none_of_todays_is_refused_in_a_sentence(state, tmp_path):
     torch.save(state, tmp_path / "state-000001.pt")
     with pytest.raises(ValueError, match=r"cannot read .*state-000001.pt .*start again with another --out"):
@@ -141,3 +149,106 @@ def test_fingerprint_tells_weights_apart(model):
     with torch.no_grad():
         vae.decoder.conv1.bias[3] += 1e-6
     assert resume.fingerprint(vae) != before
+
+
+# Whose folder it is.
+
+
+def _claimed(out, **settings):
+    return resume.claim({**SETTINGS, "out": out and str(out), "resume": False, **settings}, {"out", "resume"})
+
+
+def test_a_folder_is_one_runs_alone_until_that_ends(tmp_path):
+    out = tmp_path / "out"
+    with _claimed(out) as run:
+        assert run.out == out and run.settings["out"] == str(out)
+        for resumed in (False, True):
+            with pytest.raises(ValueError, match="another run is writing to .*out; wait for its end"):
+                _claimed(out, resume=resumed).__enter__()
+        with _claimed(tmp_path / "other"):
+            pass
+        (out / "settings.json").write_text("{}")
+    with _claimed(out, resume=True):
+        pass
+    assert sorted(tmp_path.iterdir()) == [out] and [*out.iterdir()] == [out / "settings.json"], "no locks left"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_killed_run_holds_nothing(tmp_path):
+    code = "import time; from support import resume\n"
+    code += f"with resume._locked(resume.Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(600)"
+    root = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run is writing"):
+            _claimed(tmp_path).__enter__()
+        other.kill()
+    with _claimed(tmp_path):
+        assert (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_was_removed_is_no_lock(tmp_path, monkeypatch):
+    """Its holder ended between the opening of its file and the locking."""
+    monkeypatch.setattr(resume, "_lock", lambda file: Path(file.name).unlink())
+    with pytest.raises(ValueError, match="another run is writing"):
+        _claimed(tmp_path).__enter__()
+
+
+def test_where_nothing_can_be_locked_a_run_is_not_refused(tmp_path, monkeypatch):
+    def unknown(file):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(resume, "_lock", unknown)
+    with _claimed(tmp_path) as run:
+        assert run.out == tmp_path
+
+
+def test_without_out_a_run_takes_the_next_folder_and_goes_on_in_the_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with _claimed(None) as first, _claimed(None) as second:
+        assert [str(run.out) for run in (first, second)] == [str(Path("runs", f"pusa-00{n}")) for n in (1, 2)]
+        (first.out / "settings.json").write_text("{}")
+    with _claimed(None) as third:
+        (third.out / "settings.json").write_text("{}")
+    with _claimed(None) as fourth:
+        assert str(third.out)[-3:] == "002" and str(fourth.out)[-3:] == "003"
+    with _claimed(None, resume=True) as last:
+        assert last.out == third.out, "the folder of the fourth, which wrote nothing, is gone"
+    with monkeypatch.context() as patch:  # another run is just as fast
+        patch.setattr(resume, "_last", lambda: 1)
+        with _claimed(None) as late:
+            assert str(late.out)[-3:] == "003"
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to .*out .*choose another folder by --out"):
+        _claimed(tmp_path / "file" / "out").__enter__()
+
+
+# What is the best.
+
+
+def _losses(*each):
+    return dict.fromkeys(("sync", "async", "clean"), torch.tensor(each))
+
+
+def test_the_best_must_win_by_more_than_the_triples_differ_and_outlives_a_stop(tmp_path):
+    model, optimizers = _trained(0)
+    run = _run(tmp_path)
+    with run.open(model, optimizers, INPUTS, {}):
+        figures = run.judge({**_losses(1.0, 9.0), "copy": torch.tensor([0.5, 0.7])})
+        assert figures == pytest.approx({"sync": 5, "async": 5, "clean": 5, "copy": 0.6}) and run.figures["best"] == 0
+        run.count(0.1, seconds=1.0, tokens=1, flops=1.0)
+        run.judge(_losses(0.0, 9.5))
+        assert run.figures["best"] == 0, "one far better, one worse"
+        run.judge(_losses(0.9, 8.9))
+        assert run.figures["best"] == 1, "both better by the same, little as it is"
+        run.save()
+    again = _run(tmp_path)
+    with again.open(*_trained(1), INPUTS, {}):
+        again.count(0.1, seconds=1.0, tokens=1, flops=1.0)
+        again.judge(_losses(0.95, 8.95))
+        assert again.figures["best"] == 1
+        again.judge(_losses(0.8, 8.8))
+        assert again.figures["best"] == 2

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lora
 from model import Wan, WanConfig
 from support import cli, resume
-from support.dataset import Dataset
+from support.dataset import Dataset, held_out
 from toy import world
 from train import Prepare, TrainConfig, context_of, train
 from wan import checkpoint, text
@@ -113,11 +113,11 @@ def rendered_clips(
             progress.step()
         with cli.replacing(stored) as path:
             save_file({"latents": torch.cat(parts)}, path)
-    captions, held_out = [scene.caption for scene in scenes], min(16, count // 10)
+    captions, apart = [scene.caption for scene in scenes], held_out(count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     context = context_of(opened, config, encoder, captions)
     latents = load_file(stored)["latents"]
-    return Dataset(latents, captions, context, order[:held_out] or order, [sorted(order[held_out:])], digest)
+    return Dataset(latents, captions, context, order[: apart or 16], [sorted(order[apart:])], digest)
 
 
 @torch.no_grad()

@@ -65,6 +65,10 @@ class Preset:
     )
 
 
+_RANGES = {  # of a preset's fields
+    "frames": (1, 1e6), "fps": (1e-3, 1e6), "steps": (1, 1e9), "shift": (1e-9, 1e9), "guidance": (0, 1e9),
+    "guidance_2": (0, 1e9), "history_guidance": (0, 1e9), "noise": (0, 1), "boundary": (0, 1), "strength": (-1e9, 1e9),
+}  # fmt: skip
 # The published text-to-video models; what Pusa samples them with differs in the size alone.
 SMALL, LARGE, TWO_EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.2-T2V-A14B"
 # Where their transformers differ from the defaults of `model.WanConfig`; VAE and text encoder are those of all three.
@@ -216,6 +220,9 @@ class Opened:
             if not fits(value, kinds[name]):
                 kind = inspect.formatannotation(kinds[name])
                 raise ValueError(f"{path} has {name} {json.dumps(value)}, expected {kind}; mend or remove it")
+            least, greatest = _RANGES.get(name, (-math.inf, math.inf))
+            if fits(value, float) and not least <= value <= greatest:
+                raise ValueError(f"{path} has {name} {value}, expected {least:g} to {greatest:g}; mend or remove it")
         return replace(preset, **{**entries, "size": tuple(entries.get("size", preset.size))})
 
     @cached_property

@@ -157,6 +157,7 @@ def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = Fal
     lora, _, metadata = _read(Path(source))
     metadata.pop(_DIFFUSERS_SETTINGS, None)  # its alpha is in the pairs now
     save(path, lora, metadata=metadata, to=to)
+    print(f"{path}: {len(lora.pairs)} pairs and {len(lora.diffs)} whole parameters, named as for {to}")
 
 
 def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> None:
