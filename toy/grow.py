@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lora
 from model import Wan, WanConfig
 from support import cli, resume
-from support.dataset import Dataset, held_out
+from support.dataset import Context, Dataset, held_out
 from toy import world
 from train import Prepare, TrainConfig, context_of, train
 from wan import checkpoint, text
@@ -112,12 +112,22 @@ def rendered_clips(
             parts.append(vae.encode(clips).cpu())
             progress.step()
         with cli.replacing(stored) as path:
-            save_file({"latents": torch.cat(parts)}, path)
+            save_file({"latents": torch.cat(parts).contiguous()}, path)
     captions, apart = [scene.caption for scene in scenes], held_out(count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    context = context_of(opened, config, encoder, captions)
+    context = context_of(opened, config, encoder, captions) if encoder else embedded(opened, config, captions)
     latents = load_file(stored)["latents"]
     return Dataset(latents, captions, context, order[: apart or 16], [sorted(order[apart:])], digest)
+
+
+@torch.no_grad()
+def embedded(opened: checkpoint.Opened, config: TrainConfig, captions: list[str]) -> Context:
+    """What gives the embeddings of captions, and of none: so small an encoder takes many at a time."""
+    prompts, encoder, tokenizer = ["", *captions], opened.text_encoder(torch.float32, config.device), opened.tokenizer()
+    batches = [tokenizer(prompts[i : i + 512]) for i in range(0, len(prompts), 512)]
+    table = torch.cat([encoder(*(tensor.to(config.device) for tensor in batch)) for batch in batches])
+    table, row = table.to(getattr(torch, config.dtype)), {prompt: i for i, prompt in enumerate(prompts)}
+    return lambda wanted: table[[row[prompt] for prompt in wanted]]
 
 
 @torch.no_grad()
