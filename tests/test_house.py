@@ -110,4 +110,4 @@ def test_the_method_is_short():
 
 def test_the_house_is_small():
     """All but the paper's claims, the page to play with, tests and benchmarks."""
-    assert _lines(*MODULES) <= 5850
+    assert _lines(*MODULES) <= 5965

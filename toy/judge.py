@@ -158,7 +158,7 @@ def unseen_scenes(samples: int, seed: int = 3) -> list[world.Scene]:
     return [*world.scenes(samples - pairs, seed=seed, unseen=True, pairs=0), *islice(two, pairs)]
 
 
-def figures(judge: Judge, network: nn.Module, seed: int, **settings) -> Iterator[tuple[str, str, Tensor]]:
+def figures(judge: Judge, network: nn.Module, seed: int, **settings: float) -> Iterator[tuple[str, str, Tensor]]:
     """What a network reaches from one seed's noise: what is judged, its unit, and the figure of each scene (B, ...)."""
     scenes, truth = judge.scenes, judge.truth
     for task in ("t2v", "i2v", "extend", "start-end", "complete"):
