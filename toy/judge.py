@@ -71,6 +71,8 @@ class Judge:
         for x1, context, truth in zip(*(x.split(self.batch) for x in (noise, self.context, self.truth)), strict=True):
             x1, negative = x1.to(self.device), self.negative.expand(len(x1), -1, -1)
             x0 = sample.conditions(self.vae, plan, self._inputs(task, plan, truth), x1)
+            if hasattr(network, "condition"):  # one that is told of the conditions in a way of its own
+                network.condition(x0, x1, given)
             led = preset.guidance, preset.history_guidance, given, x1
             made.append(flow.denoise(sample.guided_velocity(network, context, negative, *led), x0, x1, taus))
         return torch.cat(made)

@@ -1,0 +1,153 @@
+"""The paper: image-to-video at Wan-I2V's quality for 1/2500 of its data and 1/200 of its cost.
+
+Measured: one base becomes an image-to-video model in two ways, from the same clips: by a Pusa LoRA, and by a finetune
+of all weights in Wan-I2V's way (`paper/i2v.py`). Each budget of either is a training of its own, so that each is as
+good as its budget allows. Two ways need no training: the base with the first frame's τ at 0, which it never saw, and
+the base with the known frame put back at every step. And last: how much of text-to-video each has forgotten.
+
+Read: error, the pixels between a shape and where first frame and caption put it, over the clips seen and over the
+operations of training. The ratio compares the budgets at which both reach the same error, the lowest that both reach.
+The spread is that of the noise which the clips are made from; each training has one seed.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import train
+from paper import i2v
+from paper.lab import BATCH, BUDGETS, RANK, STEPS, Lab, Row
+from support import cli, cost, plots
+from toy import world
+from toy.judge import as_prompted
+
+TITLE = "{} learns image-to-video from the fewest clips"
+PUSA, FINETUNE = "Pusa's LoRA", "I2V finetune"
+CLAMPED, REPLACED = "base, first frame at τ = 0", "base, first frame put back"
+LATENTS = 16, 9, world.SIDE // 8, world.SIDE // 8
+
+
+def measure(lab: Lab) -> None:
+    """66 evaluations: image-to-video at every budget and without training, text-to-video of four networks."""
+
+    def error(name: str, make: Callable[[], nn.Module], taus: Tensor | None = None) -> None:
+        network = cache(make)  # only if something is left to measure
+        lab.figure(name, lambda seed: lab.error(network(), "i2v", seed, taus=taus))
+
+    flat = i2v.one_level(lab)
+    error(CLAMPED, lab.judge.transformer)
+    error(REPLACED, lambda: i2v.Replacement(lab.judge.transformer()), flat)
+    for steps in reversed(lab.few(BUDGETS)):
+        error(f"{PUSA}, {steps} steps", partial(_pusa, lab, steps))
+    for steps in reversed(lab.few(i2v.BUDGETS)):
+        error(f"{FINETUNE}, {steps} steps", partial(i2v.finetuned, lab, steps), flat)
+    for name, make in (
+        ("base", lab.judge.transformer), (PUSA, lab.pusa), (f"{PUSA}, longest", partial(_pusa, lab, BUDGETS[-1])),
+        (FINETUNE, partial(i2v.finetuned, lab)),
+    ):  # fmt: skip
+        lab.figure(f"T2V: {name}", partial(text_to_video, lab, cache(make)))
+
+
+def text_to_video(lab: Lab, network: Callable[[], nn.Module], seed: int) -> Tensor:
+    """100 for each scene whose clip is all as its caption says, else 0."""
+    return 100.0 * as_prompted(lab.judge.scenes, world.measure(lab.judge.videos(network(), "t2v", seed)))
+
+
+def _pusa(lab: Lab, steps: int) -> nn.Module:
+    return lab.pusa("seed-0" if steps == STEPS else f"steps-{steps}")
+
+
+def flops(lab: Lab) -> dict[str, int]:
+    """Operations to train on one clip, by PyTorch's count of a forward and a backward pass."""
+    lora = train.outline(lab.opened, train.TrainConfig(rank=RANK))["transformer"]
+    full = i2v.widened(lab.opened.outline()[0])
+    return {
+        PUSA: cost.window_flops(lora, LATENTS),
+        FINETUNE: cost.window_flops(full, (i2v.CHANNELS, *LATENTS[1:])),
+    }
+
+
+def budgets(lab: Lab) -> dict[str, list[int]]:
+    """The optimizer steps of each way's trainings, from few to many."""
+    return {PUSA: list(lab.few(BUDGETS)), FINETUNE: list(lab.few(i2v.BUDGETS))}
+
+
+def reached(steps: Sequence[int], errors: Sequence[float], goal: float) -> float:
+    """The budget at which an error first is as low as `goal`, between two budgets on logarithmic ones.
+
+    ValueError if no budget gets there. At the first budget it may have been there before.
+    """
+    for i, error in enumerate(errors):
+        if error <= goal:
+            share = (errors[i - 1] - goal) / (errors[i - 1] - error) if i else 0.0
+            return steps[i - 1] * (steps[i] / steps[i - 1]) ** share if i else float(steps[0])
+    raise ValueError(f"got a goal of {goal:g}, expected one that is reached: the lowest error is {min(errors):g}")
+
+
+def ratios(lab: Lab) -> tuple[list[float], float, bool]:
+    """For each seed, how many times the LoRA's clips the finetune needs; the error both reach; is that only a bound?
+
+    It is a bound where one of them is there at its first budget.
+    """
+    each, goals, bound = [], [], False
+    for seed in range(len(lab.seeds)):
+        curves = {way: [lab.each(f"{way}, {n} steps")[seed] for n in steps] for way, steps in budgets(lab).items()}
+        goals.append(max(map(min, curves.values())))
+        needed = {way: reached(budgets(lab)[way], errors, goals[-1]) for way, errors in curves.items()}
+        each.append(needed[FINETUNE] / needed[PUSA])
+        bound = bound or any(errors[0] <= goals[-1] for errors in curves.values())
+    return each, statistics.fmean(goals), bound
+
+
+def draw(lab: Lab, path: Path) -> None:
+    """Error over clips seen and over operations, both ways, with the two that need no training as lines."""
+    from matplotlib import figure, style
+
+    each, operations = ratios(lab)[0], flops(lab)
+    first = PUSA if min(each) > 1 else f"The {FINETUNE}" if max(each) < 1 else "Neither way"
+    with style.context([*plots.STYLE, {"font.size": 11}]):
+        sheet = figure.Figure(figsize=(8, 4.4), layout="constrained", dpi=150)
+        sheet.suptitle(TITLE.format(first), x=0.01, ha="left", fontsize=14, color="#222222")
+        seen, spent = sheet.subplots(1, 2, sharey=True)
+        for (way, steps), colour in zip(budgets(lab).items(), plots.COLOURS, strict=False):
+            names, clips = [f"{way}, {n} steps" for n in steps], [n * BATCH for n in steps]
+            errors, spreads = [lab.middle(name) for name in names], [lab.spread(name) for name in names]
+            for axes, x in ((seen, clips), (spent, [n * operations[way] for n in clips])):
+                axes.errorbar(x, errors, spreads, color=colour, marker="o", markersize=4, capsize=2, label=way)
+        for axes, label in ((seen, "clips seen in training"), (spent, "operations of training, FLOP")):
+            for name, line in ((CLAMPED, "--"), (REPLACED, ":")):
+                axes.axhline(lab.middle(name), color=plots.GREY, linestyle=line, linewidth=1.2, label=name)
+            axes.set(xscale="log", xlabel=label)
+            axes.grid(axis="y")
+        seen.set(ylim=(0, None), ylabel="I2V error, px (median of scenes)")
+        sheet.legend(*seen.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        with cli.replacing(path) as temporary:
+            sheet.savefig(temporary)
+
+
+def rows(lab: Lab) -> list[Row]:
+    """What is claimed of efficiency, the paper's figures, ours, and whether ours agree."""
+    (each, goal, bound), operations = ratios(lab), flops(lab)
+    dearer = operations[FINETUNE] / operations[PUSA]  # a clip
+    pusa, finetune = (f"{way}, {steps[-1]} steps" for way, steps in budgets(lab).items())
+    untrained = min((CLAMPED, REPLACED), key=lab.middle)
+
+    def compared(what: str, factor: float) -> tuple[str, bool | None]:
+        times = [factor * value for value in each]
+        told = f"{'about ' if bound else ''}{statistics.fmean(times):.2g} ± {statistics.pstdev(times):.2g}"
+        holds = True if min(times) > 1 else False if max(times) < 1 else None
+        return f"the {FINETUNE} needs {told} times the {what}, both at {goal:.1f} px", holds
+
+    kept = ", ".join(f"{name} {lab.told(f'T2V: {name}', '%', median=False)}" for name in ("base", PUSA, FINETUNE))
+    return [
+        Row("I2V quality for fewer clips", "at most 1/2500 of them", *compared("clips", 1.0)),
+        Row("I2V quality at less cost", "at most 1/200 of it", *compared("operations", dearer)),
+        Row("better than a finetune for I2V alone", "87.32 to 86.86 (VBench-I2V)",
+            f"{PUSA} {lab.told(pusa)}, {FINETUNE} {lab.told(finetune)}", lab.below(pusa, finetune)),
+        Row("training is needed", "none", f"{untrained} {lab.told(untrained)}", lab.below(pusa, untrained)),
+        Row("T2V is kept, where a finetune forgets it", "kept", kept,
+            lab.below(f"T2V: {FINETUNE}", f"T2V: {PUSA}", median=False)),
+    ]  # fmt: skip

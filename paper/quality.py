@@ -1,0 +1,177 @@
+"""The paper: VBench-I2V 87.32 against Wan-I2V's 86.86, with I2V subject 97.64 to 96.95 and background 99.24 to 96.44.
+
+Measured: analogues of VBench's dimensions on the toy world, 0 to 100, where no judge network is needed: `world.measure`
+reads colour, shape, size and place of all that a frame shows. `scores` defines them. VBench's aesthetic and imaging
+quality and camera motion have none here. The total is VBench's, with its normalisation and weights: the mean of two
+halves, the clip against the image and the clip in itself. Base, I2V finetune and Pusa's LoRA make the same scenes.
+
+Read: higher is better, and the true clips' figures are the most that can be asked for. The claim is about Pusa's LoRA
+against the finetune; the figures themselves do not compare with VBench's.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paper import i2v
+from paper.efficiency import FINETUNE, PUSA
+from paper.lab import Lab, Row
+from support import cli, plots
+from toy import world
+
+TITLE = "{} better clips from an image, by VBench's total"
+# VBench's least and greatest value and weight of each dimension, which it normalises and averages by
+# (Vchitect/VBench, scripts/constant.py and cal_i2v_final_score.py).
+AGAINST_THE_IMAGE = {"I2V subject": (0.1462, 1.0, 1.0), "I2V background": (0.2615, 1.0, 1.0)}
+IN_ITSELF = {
+    "subject consistency": (0.1462, 1.0, 1.0), "background consistency": (0.2615, 1.0, 1.0),
+    "motion smoothness": (0.706, 0.9975, 1.0), "dynamic degree": (0.0, 1.0, 0.5),
+}  # fmt: skip
+DIMENSIONS = (*AGAINST_THE_IMAGE, *IN_ITSELF, "total")
+PAPER = {  # Pusa and Wan-I2V
+    "total": (87.32, 86.86), "I2V subject": (97.64, 96.95), "I2V background": (99.24, 96.44),
+    "dynamic degree": (52.60, 51.38),
+}  # fmt: skip
+BASE, TRUE = "base", "true clips"
+NAMES = (BASE, FINETUNE, PUSA, TRUE)
+
+
+def measure(lab: Lab) -> None:
+    """9 sampling runs: all dimensions come from the same clips."""
+    networks = {BASE: lab.judge.transformer, FINETUNE: partial(i2v.finetuned, lab), PUSA: lab.pusa}
+
+    @cache
+    def scored(name: str, seed: int) -> dict[str, Tensor]:
+        levels = i2v.one_level(lab) if name == FINETUNE else None
+        clips = lab.judge.truth if name == TRUE else lab.judge.videos(networks[name](), "i2v", seed, levels)
+        return scores(clips, lab.judge.truth[:, :, :1])
+
+    for name in NAMES:
+        for dimension in DIMENSIONS:
+            lab.figure(f"{name}: {dimension}", lambda seed, n=name, d=dimension: scored(n, seed)[d])
+
+
+def scores(videos: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """Every dimension of clips (B, 3, N, 64, 64) made from images (B, 3, 1, 64, 64) → (B,) each, 0 to 100.
+
+    I2V subject: likeness of the frames to the image. I2V background: closeness of their backgrounds to the image's.
+    subject consistency, background consistency: the same of each frame to the clip's first and to the one before it.
+    motion smoothness: see `smoothness`.
+    dynamic degree: 1 if some shape goes 16 pixels or more in all, half of what the slowest true one does.
+    All but the last two are means over frames.
+    """
+    read, image = world.measure(videos), world.measure(images)
+    bare, bare_image = background(read, videos.device), background(image, images.device)
+
+    def subject(frames: slice, other: world.Readings, others: slice) -> Tensor:
+        return likeness(_at(read, frames), _at(other, others)).mean(1)
+
+    def around(frames: slice, pixels: Tensor, free: Tensor, others: slice) -> Tensor:
+        a, b = videos[:, :, frames].float(), pixels[:, :, others].float()
+        return closeness(a, b, bare[:, frames] & free[:, others]).mean(1).cpu()
+
+    every, first, later, before = slice(None), slice(1), slice(1, None), slice(-1)
+    values = {
+        "I2V subject": subject(every, image, first),
+        "I2V background": around(every, images, bare_image, first),
+        "subject consistency": (subject(later, read, first) + subject(later, read, before)) / 2,
+        "background consistency": (around(later, videos, bare, first) + around(later, videos, bare, before)) / 2,
+        "motion smoothness": smoothness(read),
+        "dynamic degree": (travelled(read) >= 16).any(1).float(),
+    }
+    return {name: 100 * value for name, value in (values | {"total": total(values)}).items()}
+
+
+def likeness(a: world.Readings, b: world.Readings) -> Tensor:
+    """Of the colours that a frame or its counterpart shows, the share both show in one shape and size, (B, N)."""
+    alike = a.seen & b.seen & (a.shape == b.shape) & (a.size == b.size)
+    return alike.sum(-1) / (a.seen | b.seen).sum(-1).clamp(min=1)
+
+
+def background(read: world.Readings, device: torch.device) -> Tensor:
+    """The pixels that no shape reaches, (B, N, 64, 64) bool."""
+    pixels = torch.arange(world.SIDE, device=device) + 0.5
+    reach = torch.where(read.seen, 1.2 * torch.tensor([*world.SIZES.values()])[read.size] + 2, 0)
+    free = torch.ones(*read.seen.shape[:2], world.SIDE, world.SIDE, dtype=torch.bool, device=device)
+    for c in range(len(world.COLOURS)):
+        x, y, far = (value[..., c, None, None].to(device) for value in (read.x, read.y, reach))
+        free &= ~((pixels - x) ** 2 + (pixels[:, None] - y) ** 2 < far**2)  # where nothing is seen, far is 0
+    return free
+
+
+def closeness(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
+    """1 less the mean difference of frames (B, 3, N, 64, 64) as a share of the range, over pixels `where`, (B, N)."""
+    difference = (a - b).abs().mean(1) / 2
+    return 1 - (difference * where).sum((-1, -2)) / where.sum((-1, -2)).clamp(min=1)
+
+
+def smoothness(read: world.Readings) -> Tensor:
+    """1 less how far shapes are from midway between the frames around, in units of 4 pixels and at most 1, (B,).
+
+    VBench drops every other frame, makes it anew and compares. A clip without shapes has 0.
+    """
+    seen, places = read.seen, torch.stack([read.x, read.y], -1)
+    off = (places[:, 1:-1] - (places[:, :-2] + places[:, 2:]) / 2).norm(dim=-1) / 4
+    known = seen[:, 1:-1] & seen[:, :-2] & seen[:, 2:]
+    held = torch.where(known, 1 - off.clamp(max=1), 0.0)
+    return held.sum((1, 2)) / known.sum((1, 2)).clamp(min=1)
+
+
+def travelled(read: world.Readings) -> Tensor:
+    """Pixels that the shape of each colour goes, (B, 8), from every fourth frame to the next: jitter is not motion."""
+    seen, places = read.seen[:, ::4], torch.stack([read.x, read.y], -1)[:, ::4]
+    steps = (places[:, 1:] - places[:, :-1]).norm(dim=-1)
+    return torch.where(seen[:, 1:] & seen[:, :-1], steps, 0.0).sum(1)
+
+
+def total(values: dict[str, Tensor]) -> Tensor:
+    """VBench's total of the dimensions that are here, each 0 to 1."""
+
+    def half(constants: dict[str, tuple[float, float, float]]) -> Tensor:
+        parts = [weight * (values[name] - low) / (high - low) for name, (low, high, weight) in constants.items()]
+        return sum(parts) / sum(weight for *_, weight in constants.values())
+
+    return (half(AGAINST_THE_IMAGE) + half(IN_ITSELF)) / 2
+
+
+def _at(read: world.Readings, frames: slice) -> world.Readings:
+    return world.Readings(*(value[:, frames] for value in read))
+
+
+def draw(lab: Lab, path: Path) -> None:
+    """A row for each dimension, with a dot for each network."""
+    from matplotlib import figure, style
+
+    told: Callable[[str, str], str] = "{}: {}".format
+    better = lab.below(told(FINETUNE, "total"), told(PUSA, "total"), median=False)
+    title = TITLE.format({True: "Pusa's LoRA makes", False: f"The {FINETUNE} makes", None: "Neither makes"}[better])
+    with style.context([*plots.STYLE, {"font.size": 11}]):
+        sheet = figure.Figure(figsize=(8, 4.2), layout="constrained", dpi=150)
+        axes, rows = sheet.subplots(), list(reversed(range(len(DIMENSIONS))))
+        for name, colour, marker in zip(NAMES, (plots.GREY, *plots.COLOURS[1::-1], "#222222"), "svo|", strict=True):
+            names = [told(name, dimension) for dimension in DIMENSIONS]
+            x, spread = zip(*((lab.middle(n, False), lab.spread(n, False)) for n in names), strict=True)
+            size = {"markersize": 14 if marker == "|" else 7, "markeredgewidth": 2 if marker == "|" else 0}
+            axes.errorbar(x, rows, xerr=spread, color=colour, marker=marker, linestyle="", label=name, **size)
+        axes.set_yticks(rows, DIMENSIONS)
+        axes.set(xlabel="score, mean over scenes")
+        axes.grid(axis="both")
+        sheet.suptitle(title, x=0.01, ha="left", fontsize=14, color="#222222")
+        sheet.legend(loc="outside lower center", ncols=4)
+        with cli.replacing(path) as temporary:
+            sheet.savefig(temporary)
+
+
+def rows(lab: Lab) -> list[Row]:
+    """The dimensions that the paper names: its figures, ours, and whether Pusa's LoRA is above the finetune."""
+
+    def row(dimension: str) -> Row:
+        told = {name: lab.told(f"{name}: {dimension}", "", median=False).strip() for name in NAMES}
+        ours = f"{told[PUSA]} to {told[FINETUNE]} (base {told[BASE]}, true clips {told[TRUE]})"
+        above = lab.below(f"{FINETUNE}: {dimension}", f"{PUSA}: {dimension}", median=False)
+        return Row(f"{dimension}, LoRA to finetune", "{:.2f} to {:.2f}".format(*PAPER[dimension]), ours, above)
+
+    return list(map(row, PAPER))
