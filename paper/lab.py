@@ -72,7 +72,7 @@ class Lab:
     def __init__(self, config: Config, claim: str):
         self.config, self.claim, self.device = config, claim, cli.pick_device(config.device)
         self.opened = checkpoint.open(config.model, Wan)
-        self.scenes, self.seeds = (8, (0,)) if config.quick else (256, (0, 1, 2))
+        self.scenes, self.seeds = (4, (0,)) if config.quick else (256, (0, 1, 2))
         self.path = Path(config.results) / f"{claim}.json"
         self.network = lru_cache(maxsize=4)(self._network)  # figures ask for the same ones again
         record = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
