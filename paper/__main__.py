@@ -114,8 +114,9 @@ def fill(readme: Path, short: list[str]) -> None:
 
 def apart(config: lab.Config) -> lab.Config:
     """The config of a quick pass: a temporary folder takes the place of every one that was not asked for."""
-    folder, usual = Path(tempfile.mkdtemp(prefix="nanopusa-paper-")), lab.Config()
+    usual = lab.Config()
     moved = [name for name in ("work", "results", "docs", "readme") if getattr(config, name) == getattr(usual, name)]
+    folder = Path(tempfile.mkdtemp(prefix="nanopusa-paper-")) if moved else Path()
     return dataclasses.replace(config, **{name: str(folder / name) for name in moved})
 
 
