@@ -1,11 +1,22 @@
 """Rerun the paper, claim by claim: `python -m paper`, or `python -m paper NAME`; `--quick` takes minutes.
 
 Each claim is one file beside this one. It measures, and keeps what it trains in runs/paper/ and what it measures in
-paper/results/NAME.json; a run that is stopped goes on. Pictures and `docs/reproduction.md` are made from those files.
+paper/results/NAME.json; a run that is stopped goes on. Pictures, `docs/reproduction.md` and the table in README.md are
+made from those files alone. A claim that fails does not stop the others.
+
+    python -m paper ablation vector            two claims
+    python -m paper train --only rank-2        one training; several processes may share the folders
+    python -m paper vector --measure           numbers alone, no pictures and no report
 """
 
+import dataclasses
 import importlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from paper import lab
 from support import cli
@@ -14,23 +25,123 @@ CLAIMS = (
     "efficiency", "quality", "zero_shot", "preservation", "ablation", "mechanism", "schedules", "price", "vector",
     "history", "stream",  # beyond the paper
 )  # fmt: skip
+HOLDS = {True: "yes", False: "no", None: "cannot be told"}
+HEAD = ["claim", "the paper", "here", "holds"]
+PAGE = """# The paper, claim by claim
+
+`python -m paper` writes this page from `paper/results/`; `python -m paper.vbench`, for the published weights, is apart.
+A figure is the median over the scenes, or the mean where it is a share, averaged over the seeds, ± its standard
+deviation over them. A claim holds if its two figures differ by more than both deviations together, unless it names
+another margin.
+"""
+Line = list[str]  # a row of a table, as long as its head
+
+
+def run(config: lab.Config) -> list[str]:
+    """Measure the claims of the config, or all, and tell of them; returns the names of those that failed."""
+    failed = []
+    for name in config.names or CLAIMS:
+        done = attempt(lambda name=name: claim(name).measure(lab.Lab(config, name)))
+        if not config.measure:
+            done &= attempt(lambda name=name: claim(name).draw(lab.Lab(config, name), picture(config, name)))
+            report(config)
+        failed += [] if done else [name]
+    return failed
+
+
+def attempt(action: Callable[[], None]) -> bool:
+    """Whether an action came to its end; if it failed, what went wrong is printed."""
+    try:
+        action()
+    except Exception:
+        traceback.print_exc()
+        return False
+    return True
+
+
+def claim(name: str) -> ModuleType:
+    return importlib.import_module(f"paper.{name}")
+
+
+def picture(config: lab.Config, name: str) -> Path:
+    return Path(config.docs) / f"{name}.png"
+
+
+def report(config: lab.Config) -> None:
+    """Write what all results of the folder say: in full into the page, each claim's first line into the README."""
+    benches = {name: lab.Lab(config, name) for name in CLAIMS}
+    told = {name: lines(name, bench) for name, bench in benches.items()}
+    page = [PAGE, *table([*HEAD, "command"], [[*line, f"`python -m paper {n}`"] for n in CLAIMS for line in told[n]])]
+    for name, bench in benches.items():
+        page += ["", f"## {name}", "", claim(name).__doc__.strip(), ""]
+        page += [f"![{name}]({name}.png)", ""] if picture(config, name).exists() else []
+        page += [f"- {what}: {here}. Holds: {holds}." for what, _, here, holds in told[name] if holds] or ["Not run."]
+        if bench.figures:
+            seeds, commits = max(map(len, bench.figures.values())), [commit[:12] for commit in bench.commits]
+            page += ["", f"{bench.scenes} scenes, {seeds} seeds; measured at {', '.join(commits)}."]
+    with cli.replacing(Path(config.docs) / "reproduction.md") as path:
+        path.write_text("\n".join(page) + "\n", encoding="utf-8")
+    fill(Path(config.readme), table(HEAD, [told[name][0] for name in CLAIMS]))
+
+
+def lines(name: str, bench: lab.Lab) -> list[Line]:
+    """What a claim's results say: a line for each of its rows, or one which says that there is nothing to tell yet."""
+    state = "not run"
+    if bench.figures:
+        try:
+            return [[what, paper, ours, HOLDS[holds]] for what, paper, ours, holds in claim(name).rows(bench)]
+        except LookupError:  # a figure is missing
+            state = "not run to its end"
+    return [[claim(name).__doc__.partition("\n")[0], "", state, ""]]
+
+
+def table(head: Line, body: Sequence[Line]) -> list[str]:
+    """The lines of a Markdown table."""
+    rows = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in line] for line in body)]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def fill(readme: Path, short: list[str]) -> None:
+    """Put the lines of a table where a README has a place for them; without a place, or a README, nothing happens."""
+    start, end = "<!-- paper -->\n", "\n<!-- /paper -->"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if found and closed:
+        with cli.replacing(readme) as path:
+            path.write_text("".join([before, start, "\n", "\n".join(short), "\n", end, after]), encoding="utf-8")
+
+
+def apart(config: lab.Config) -> lab.Config:
+    """The config of a quick pass: a temporary folder takes the place of every one that was not asked for."""
+    usual = lab.Config()
+    moved = [name for name in ("work", "results", "docs", "readme") if getattr(config, name) == getattr(usual, name)]
+    folder = Path(tempfile.mkdtemp(prefix="nanopusa-paper-")) if moved else Path()
+    return dataclasses.replace(config, **{name: str(folder / name) for name in moved})
+
+
+def train(config: lab.Config) -> None:
+    """Run the trainings of the config, or all; those that are done are not run again."""
+    chosen = config.only.split(",") if config.only else list(lab.TRAININGS)
+    for name in chosen:
+        cli.expect(name in lab.TRAININGS, f"training {name!r}", f"one of {', '.join(lab.TRAININGS)}")
+    bench = lab.Lab(config, "train")
+    for name in chosen:
+        print(bench.lora(name))
 
 
 def main() -> None:
     config = cli.parse(lab.Config, __doc__)
-    for name in config.names:
-        cli.expect(name in (*CLAIMS, "train"), f"claim {name!r}", f"train, or some of {', '.join(CLAIMS)}")
-    if "train" in config.names:
-        bench = lab.Lab(config, "train")
-        for name in config.only.split(",") if config.only else lab.TRAININGS:
-            cli.expect(name in lab.TRAININGS, f"training {name!r}", f"one of {', '.join(lab.TRAININGS)}")
-            print(bench.lora(name))
-        return
-    for name in config.names or CLAIMS:
-        claim, bench = importlib.import_module(f"paper.{name}"), lab.Lab(config, name)
-        claim.measure(bench)
-        claim.draw(bench, Path(config.docs) / f"{name}.png")
-    # TODO report
+    training = list(config.names) == ["train"]
+    for name in config.names if not training else ():
+        cli.expect(name in CLAIMS, f"claim {name!r}", f"`train` alone, or some of {', '.join(CLAIMS)}")
+    config = apart(config) if config.quick else config
+    if training:
+        return train(config)
+    failed = run(config)
+    print(config.results if config.measure else Path(config.docs) / "reproduction.md")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

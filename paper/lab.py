@@ -2,27 +2,32 @@
 
 A claim is a file with `TITLE`, `measure(lab)`, `draw(lab, path)` and `rows(lab)`. It calls `lab.figure(name, values)`
 for every number; what has been measured is in `paper/results/CLAIM.json` at once, so a run that is stopped goes on.
+The first of its rows says the most. Processes that measure different claims may share all folders.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+import flow
 import train
 from model import Wan
-from support import cli
+from support import cli, dataset, plots
 from toy import grow, world
 from toy.judge import DETERMINED, Judge, centroid_errors, unseen_scenes
 from wan import checkpoint
 
+T = TypeVar("T")
 STEPS, BATCH, RANK = 800, 32, 32  # of a LoRA, unless its name below says otherwise
 BUDGETS = (25, 50, 100, 200, 400, 800, 1600, 3200)  # optimizer steps
 # Every LoRA that a claim asks for, by its name, and how its training differs from `train.py`'s defaults.
@@ -40,12 +45,15 @@ class Config:
     names: tuple[str, ...] = cli.option(
         (), "claims, or `train` for the trainings alone (default: all)", nargs="*", positional=True
     )
-    quick: bool = cli.option(False, "a few scenes and steps: the order of the outcomes, in minutes")
+    quick: bool = cli.option(False, "a few scenes and steps, in a temporary folder: does it run, are the orders right")
+    measure: bool = cli.option(False, "write what is measured, and no pictures or report")
     model: str = cli.option("checkpoints/tiny", "the embedded model")
     work: str = cli.option("runs/paper", "folder for what is trained")
     results: str = cli.option("paper/results", "folder for what is measured")
     docs: str = cli.option("docs", "folder for the pictures and the report")
+    readme: str = cli.option("README.md", "file that gets the report's short form, where it has a place for it")
     only: str | None = cli.option(None, "with `train`: the names of the trainings, as in rank-2,rank-8")
+    commit: str | None = cli.option(None, "name of this state of the code, for the results (default: git's)")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
 
 
@@ -64,37 +72,78 @@ class Lab:
     def __init__(self, config: Config, claim: str):
         self.config, self.claim, self.device = config, claim, cli.pick_device(config.device)
         self.opened = checkpoint.open(config.model, Wan)
-        self.scenes, self.seeds = (32, (0,)) if config.quick else (256, (0, 1, 2))
+        self.scenes, self.seeds = (4, (0,)) if config.quick else (256, (0, 1, 2))
         self.path = Path(config.results) / f"{claim}.json"
-        self.figures: dict[str, list[list[float]]] = {}  # by name, for each seed the value of every scene
-        if self.path.exists():
-            record = json.loads(self.path.read_text(encoding="utf-8"))
-            if record["scenes"] == self.scenes:
-                self.figures = record["figures"]
+        self.network = lru_cache(maxsize=4)(self._network)  # figures ask for the same ones again
+        record = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        if record.get("scenes") != self.scenes:
+            record = {}
+        self.commits: list[str] = record.get("commits", [])  # those whose code has measured, in their order
+        self.figures: dict[str, list[list[float]]] = record.get("figures", {})  # by seed, the value of every scene
 
     @cached_property
     def judge(self) -> Judge:
         """Scenes that neither training nor any choice of settings has seen, three in four with one shape."""
         return Judge(self.opened, unseen_scenes(self.scenes, seed=100), self.device)
 
+    def few(self, values: Sequence[T]) -> Sequence[T]:
+        """The values, of which a quick pass takes only the first and the last."""
+        return (values[0], values[-1]) if self.config.quick else values
+
     def lora(self, name: str) -> Path:
-        """The file of a LoRA of `TRAININGS`, which is trained now if it has not been."""
-        out = Path(self.config.work) / ("quick" if self.config.quick else "") / name
-        if not (out / "lora.safetensors").exists():
-            settings = {"steps": STEPS, "batch": BATCH, "rank": RANK} | TRAININGS[name]
-            settings["steps"] = max(2, settings["steps"] // 20) if self.config.quick else settings["steps"]
-            count, folder = 200 if self.config.quick else 6000, Path(self.config.work)
-            train.train(
-                train.TrainConfig(
-                    data=str(folder), model=self.config.model, out=str(out), device=self.device,
-                    resume=(out / "settings.json").exists(), val_every=10**6, **settings,
-                ), partial(grow.rendered_clips, count=count, folder=folder),
-            )  # fmt: skip
+        """The file of a LoRA of `TRAININGS`, which is trained now if it has not been.
+
+        A quick pass trains for so few steps that they only show that it works; seed-0 is the model's own LoRA there.
+        """
+        if self.config.quick and name == "seed-0":
+            return Path(self.config.model) / "lora.safetensors"
+        out = Path(self.config.work) / name
+        with alone(out):
+            if not (out / "lora.safetensors").exists():
+                settings = {"steps": STEPS, "batch": BATCH, "rank": RANK} | TRAININGS[name]
+                settings |= {"steps": 2, "batch": 4} if self.config.quick else {}
+                train.train(
+                    train.TrainConfig(
+                        data=self.config.work, model=self.config.model, out=str(out), device=self.device,
+                        resume=(out / "settings.json").exists(), val_every=10**6, **settings,
+                    ), self.training_data,
+                )  # fmt: skip
         return out / "lora.safetensors"
+
+    def training_data(
+        self, opened: checkpoint.Opened, config: train.TrainConfig, encoder: nn.Module | None
+    ) -> dataset.Dataset:
+        """The scenes that every training learns from, rendered and encoded once: what `train.train` calls `prepare`."""
+        folder = Path(self.config.work)
+        with alone(folder / "latents"):
+            return grow.rendered_clips(opened, config, encoder, 64 if self.config.quick else 6000, folder)
 
     def pusa(self, name: str = "seed-0", strength: float = 1.0) -> Wan:
         """The embedded base with a LoRA of `TRAININGS` merged."""
         return self.judge.transformer(self.lora(name), strength)
+
+    def _network(self, name: str, strength: float = 1.0) -> Wan:
+        """The embedded base, which is named "base", or the base with a LoRA of `TRAININGS`; not to be changed."""
+        return self.judge.transformer() if name == "base" else self.pusa(name, strength)
+
+    @cached_property
+    @torch.no_grad()
+    def latents(self) -> Tensor:
+        """The latents of the true clips, (scenes, 16, F, H, W)."""
+        return torch.cat([self.judge.vae.encode(clips).float() for clips in self.judge.truth.split(self.judge.batch)])
+
+    @torch.no_grad()
+    def velocity(self, network: nn.Module, tau: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """What a network predicts where the true clips are noised to tau (F,), and what is right, x1 - x0.
+
+        Both (scenes, 16, F, H, W), one forward pass without guidance; the noise x1 is that of the seed.
+        """
+        x1 = torch.randn(self.latents.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        tau, predicted = tau.to(self.device)[None], []
+        noisy = flow.interpolate(self.latents, x1, tau).split(self.judge.batch)
+        for z, context in zip(noisy, self.judge.context.split(self.judge.batch), strict=True):
+            predicted.append(network(z, tau.expand(len(z), -1), context).float())
+        return torch.cat(predicted), x1 - self.latents
 
     def error(self, network: nn.Module, task: str, seed: int, **settings) -> Tensor:
         """For each scene, the mean distance in pixels of its shapes from where the conditions say they must be."""
@@ -103,17 +152,36 @@ class Lab:
 
     def figure(self, name: str, values: Callable[[int], Tensor]) -> None:
         """Measure values(seed) → (scenes,) for every seed, unless they have been measured, and write them."""
-        done = self.figures.setdefault(name, [])
-        for seed in self.seeds[len(done) :]:
-            done.append([round(value, 3) for value in values(seed).tolist()])
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-            facts = {"claim": self.claim, "scenes": self.scenes, "seeds": list(self.seeds), "commit": commit}
-            cli.write_json(self.path, facts | {"torch": torch.__version__, "figures": self.figures})
-            print(f"{self.claim}: {name}, seed {seed}: {self.told(name)}", flush=True)
+        for seed in self.seeds[len(self.figures.get(name, ())) :]:
+            measured = [float(f"{value:.4g}") for value in values(seed).tolist()]
+            self.figures.setdefault(name, []).append(measured)
+            self.write()
+            print(f"{self.claim}: {name}, seed {seed}: {statistics.median(measured):.4g}", flush=True)
+
+    def write(self) -> None:
+        """Write what has been measured, a figure a line."""
+        preset, self.commits = self.opened.preset, list(dict.fromkeys([*self.commits, self.commit]))
+        facts = {
+            "claim": self.claim, "scenes": self.scenes, "seeds": self.seeds, "commits": self.commits,
+            "torch": torch.__version__, "device": self.device, "model": self.config.model,
+            "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
+        }  # fmt: skip
+        lines = [f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items()]
+        figures = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in self.figures.items()]
+        lines.append('"figures": {\n' + ",\n".join(figures) + "\n}")
+        with cli.replacing(self.path) as path:
+            path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+    @cached_property
+    def commit(self) -> str:
+        """The name of this state of the code; "unknown" where nobody and no git tells."""
+        if self.config.commit or not shutil.which("git"):
+            return self.config.commit or "unknown"
+        told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return told.stdout.strip() or "unknown"
 
     def each(self, name: str, median: bool = True) -> list[float]:
-        """A figure for each seed: the median, or the mean, over the scenes."""
+        """A figure for each seed: the median, or the mean, over the scenes. LookupError if it was not measured."""
         return [(statistics.median if median else statistics.fmean)(values) for values in self.figures[name]]
 
     def middle(self, name: str, median: bool = True) -> float:
@@ -124,5 +192,40 @@ class Lab:
         """The standard deviation over the seeds of `each`."""
         return statistics.pstdev(self.each(name, median))
 
+    def below(self, a: str, b: str, median: bool = True) -> bool | None:
+        """Whether figure `a` is below figure `b`; None if they are no farther apart than their spreads together."""
+        gap = self.middle(b, median) - self.middle(a, median)
+        return gap > 0 if abs(gap) > self.spread(a, median) + self.spread(b, median) else None
+
     def told(self, name: str, unit: str = "px", median: bool = True) -> str:
         return f"{self.middle(name, median):.2f} ± {self.spread(name, median):.2f} {unit}"
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Let other processes of this machine that come to the same path wait (not on Windows, which lacks such locks)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def page(path: Path | str, title: str, widths: Sequence[float] = (1,), height: float = 3.6) -> Iterator[Sequence]:
+    """Axes side by side, as wide in proportion as `widths`, to be drawn on; then written as a PNG for a page's width.
+
+    title: what the figure says; height: of the figure in inches, of which it is 8 wide, so letters are 10 pt at 800 px.
+    """
+    from matplotlib import figure, style
+
+    with style.context([*plots.STYLE, {"font.size": 10}]):
+        sheet = figure.Figure(figsize=(8, height), layout="constrained")
+        sheet.suptitle(title, x=0.01, ha="left", fontsize=13, color="#222222")
+        yield sheet.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        with cli.replacing(path) as out:
+            sheet.savefig(out, dpi=200, metadata={"Software": None})

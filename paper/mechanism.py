@@ -1,0 +1,201 @@
+"""Mechanism: what the LoRA changes in the network, and what it does there.
+
+The paper says that the adaptation changes the base little and in the right place: it adds temporal dynamics and keeps
+the prior of the base, whereas Wan-I2V, trained for one task with all its weights, changes everything. Three looks:
+
+1. How much each layer changes, ||W' - W|| / ||W||: the LoRA of each seed, and the I2V finetune of `paper.efficiency`.
+2. Where attention goes: the share of a frame's attention (mean over heads, blocks, tokens) that each frame gets, when
+   all frames are at τ = 0.9 and when the first one is clean; the base and Pusa.
+3. What a frame takes from its neighbours: the middle frame is pure noise, all others are at one τ, and the network
+   predicts it in one step. The error of the prediction, as a share of the error of knowing nothing (the variance of
+   the latents), is 1 if nothing is taken from the prompt or the neighbours.
+
+How to read it: a base model has never seen unequal τ. How far its curve in the third picture falls is what it can do
+all the same; how far Pusa's is below it is what the LoRA has taught.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lora
+from model import Wan, rotate
+from paper.lab import Lab, Row
+from support import cli, plots
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+TITLE = "What the LoRA changes, and what a frame then takes from the others"
+NOISY, TAUS = 0.9, (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+NETWORKS, FIRST = ("base", "Pusa"), {"noisy": NOISY, "clean": 0.0}
+FINETUNE, CHANGED = "relative change of each layer, I2V finetune", "relative change of each layer, LoRA"
+
+
+def measure(lab: Lab) -> None:
+    layers = targets(lab.judge.transformer())
+    lab.figure(CHANGED, lambda seed: lora_changes(layers, lab.lora(f"seed-{seed}"), lab.judge.preset.strength))
+    finetune = Path(lab.config.work) / "i2v" / "steps-4000.safetensors"
+    if finetune.exists():
+        lab.figure(FINETUNE, lambda seed: changes(layers, load_file(finetune, str(lab.device))))
+    else:
+        print(f"mechanism: no I2V finetune at {finetune}; run `python -m paper efficiency`, and this again")
+    for network, first in ((n, f) for n in NETWORKS for f in FIRST):
+        lab.figure(attention_name(network, first), partial(attention, lab, network, FIRST[first]))
+    for network, tau in ((n, t) for n in NETWORKS for t in lab.few(TAUS)):
+        lab.figure(taken_name(network, tau), partial(left_unknown, lab, network, tau))
+
+
+def attention_name(network: str, first: str) -> str:
+    return f"attention of each frame to each frame, {network}, first frame {first}"
+
+
+def taken_name(network: str, tau: float) -> str:
+    return f"error of the middle frame, {network}, neighbours at {tau:g}"
+
+
+def targets(transformer: Wan) -> dict[str, Tensor]:
+    """The weights that a LoRA changes, by the names of their layers, block by block."""
+    names = (f"blocks.{i}.{layer}" for i in range(len(transformer.blocks)) for layer in lora.TARGETS)
+    return {name: transformer.get_submodule(name).weight.float() for name in names}
+
+
+def lora_changes(layers: dict[str, Tensor], file: Path, strength: float) -> Tensor:
+    """||strength · B A|| / ||W|| of every layer."""
+    pairs = lora.load(file).pairs
+    return torch.tensor([strength * pairs[name].norm().item() / W.norm().item() for name, W in layers.items()])
+
+
+def changes(layers: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
+    """||W' - W|| / ||W|| of every layer; weights: a state dict with the W'."""
+    return torch.stack([(weights[f"{name}.weight"].float() - W).norm() / W.norm() for name, W in layers.items()])
+
+
+def network_of(lab: Lab, name: str, seed: int) -> Wan:
+    return lab.network("base" if name == "base" else f"seed-{seed}")
+
+
+def attention(lab: Lab, name: str, first: float, seed: int) -> Tensor:
+    """The share of its attention that each frame gives to each frame, (F·F,), with the first frame at its own τ."""
+    network, maps, tau = network_of(lab, name, seed), [], torch.full(lab.latents.shape[2:3], NOISY)
+    tau[0] = first
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, tuple[Tensor, Tensor]]) -> None:
+        maps.append(frame_attention(layer, *inputs, len(tau)))
+
+    handles = [block.self_attn.register_forward_pre_hook(look) for block in network.blocks]
+    lab.velocity(network, tau, seed)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(maps).mean(0).flatten().cpu()
+
+
+def frame_attention(layer: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], frames: int) -> Tensor:
+    """Attention from each frame to each frame, (F, F), whose rows add up to 1: the mean over clips, heads and tokens.
+
+    layer: a `model.SelfAttention`, whose inputs are x (B, F·S, D) and rope; its weights are computed here once more,
+    as the layer itself never has them: they stay inside PyTorch's fused kernel.
+    """
+    q = rotate(layer.heads(layer.norm_q(layer.q(x))), rope).float()
+    k = rotate(layer.heads(layer.norm_k(layer.k(x))), rope).float()
+    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (B, heads, F·S, F·S)
+    weights = weights.unflatten(-1, (frames, -1)).sum(-1).unflatten(-2, (frames, -1)).mean(-2)  # (B, heads, F, F)
+    return weights.mean((0, 1))
+
+
+def left_unknown(lab: Lab, name: str, neighbours: float, seed: int) -> Tensor:
+    """What a network does not know of a middle frame that is pure noise, as a share of its variance, (B,)."""
+    tau, middle = torch.full(lab.latents.shape[2:3], neighbours), lab.latents.shape[2] // 2
+    tau[middle] = 1  # there the prediction of x0 is x1 - v, so both are off by the same
+    predicted, right = (v[:, :, middle] for v in lab.velocity(network_of(lab, name, seed), tau, seed))
+    return ((predicted - right).square().mean((1, 2, 3)) / lab.latents[:, :, middle].var()).cpu()
+
+
+def by_layer(lab: Lab, name: str) -> Tensor:
+    """The mean over the seeds of a figure that has a value for each layer or cell, not for each scene."""
+    return torch.tensor(lab.figures[name]).mean(0)
+
+
+def to_the_first(lab: Lab, network: str, first: str) -> float:
+    """The share of the attention of all later frames that the first frame gets, in percent."""
+    cells = by_layer(lab, attention_name(network, first))
+    return 100 * cells.view(round(len(cells) ** 0.5), -1)[1:, 0].mean().item()
+
+
+def rows(lab: Lab) -> list[Row]:
+    clean, among = (tuple(taken_name(network, tau) for network in NETWORKS) for tau in (0.0, 1.0))
+    shares = {(n, f): to_the_first(lab, n, f) for n in NETWORKS for f in FIRST}
+    change = by_layer(lab, CHANGED)
+    found = [
+        Row("the LoRA teaches a frame to take what clean neighbours show", "temporal dynamics injected",
+            f"unknown of a frame between clean ones: base {told(lab, clean[0])}, Pusa {told(lab, clean[1])}",
+            lab.below(clean[1], clean[0])),
+        Row("the prior is kept: among pure noise, Pusa is within 5 % of the base", "prior kept",
+            f"unknown of a frame among pure noise: base {told(lab, among[0])}, Pusa {told(lab, among[1])}",
+            lab.middle(among[1]) <= 1.05 * lab.middle(among[0]) + lab.spread(among[0])),
+        Row("frames look at a first frame that is clean", "in the right place",
+            "; ".join(f"{n}: {shares[n, 'noisy']:.1f} % → {shares[n, 'clean']:.1f} %" for n in NETWORKS),
+            shares["Pusa", "clean"] > max(shares["base", "clean"], shares["Pusa", "noisy"])),
+    ]  # fmt: skip
+    if FINETUNE in lab.figures:
+        finetune = by_layer(lab, FINETUNE)
+        found.append(Row("the LoRA changes less than a finetune of all weights", "little",
+            f"median layer: LoRA {100 * change.median():.1f} %, finetune {100 * finetune.median():.1f} %",
+            bool(change.median() < finetune.median())))  # fmt: skip
+    else:
+        found.append(Row("the LoRA changes little", "little", f"median layer: {100 * change.median():.1f} %", None))
+    return found
+
+
+def told(lab: Lab, name: str) -> str:
+    return f"{100 * lab.middle(name):.0f} ± {100 * lab.spread(name):.0f} %"
+
+
+def draw(lab: Lab, path: Path) -> None:
+    from matplotlib import figure, style
+
+    known = {"LoRA": CHANGED} | ({"I2V finetune": FINETUNE} if FINETUNE in lab.figures else {})
+    grids = {name: 100 * by_layer(lab, changed).view(-1, len(lora.TARGETS)).T for name, changed in known.items()}
+    with style.context(plots.STYLE):
+        sheet = figure.Figure(figsize=(8, 7), dpi=100, layout="constrained")
+        sheet.suptitle(TITLE, x=0.01, ha="left", fontsize=12, color="#222222")
+        upper, lower = sheet.subfigures(2, 1)
+        for axes, (name, grid) in zip(upper.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
+            heat_map(axes, grid, f"1. change of each layer by the {name}, %")
+            axes.set_xlabel("block")
+            axes.set_yticks(range(len(grid)), [target.replace("_attn", "") for target in lora.TARGETS])
+        left, right = lower.subfigures(1, 2, width_ratios=(1, 1.1))
+        left.suptitle("2. attention of each frame (row) to each", fontsize=9)
+        cases = [(network, first) for network in NETWORKS for first in FIRST]
+        for axes, (network, first) in zip(left.subplots(2, 2).flat, cases, strict=True):
+            cells = by_layer(lab, attention_name(network, first))
+            axes.imshow(cells.view(round(len(cells) ** 0.5), -1), cmap="Blues", vmin=0, vmax=0.5)
+            axes.set_title(f"{network}, first {first}", fontsize=9)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        axes = right.subplots()
+        for network, colour in zip(NETWORKS, plots.COLOURS[1::-1], strict=True):
+            names = [taken_name(network, tau) for tau in lab.few(TAUS)]
+            errors, spreads = ([100 * value(name) for name in names] for value in (lab.middle, lab.spread))
+            axes.errorbar(lab.few(TAUS), errors, spreads, color=colour, label=network)
+        axes.set(title="3. unknown of a frame that is noise, %", xlabel="τ of its neighbours", ylim=(0, None))
+        axes.title.set_size(9)
+        axes.grid(axis="y")
+        axes.legend()
+        with cli.replacing(path) as temporary:
+            sheet.savefig(temporary, metadata={"Software": None})
+
+
+def heat_map(axes: "Axes", grid: Tensor, title: str) -> None:
+    """A grid of numbers (rows, columns), each written into its cell."""
+    axes.imshow(grid, cmap="Blues", vmin=0, aspect="auto")
+    for (row, column), value in np.ndenumerate(grid.numpy()):
+        dark = value > grid.max() / 2
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if dark else "#333333")
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks(range(grid.shape[1]))

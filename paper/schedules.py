@@ -1,0 +1,141 @@
+"""Any order of denoising, from one training: a vector of timesteps need not be seen in all its combinations.
+
+A table of noise levels has a level for each frame at each step, far more combinations than a training can see. The
+paper says that its finetuning on independent random levels avoids that explosion. So here frames go their own ways:
+one runs late, early or backwards for a while, all follow each other as a staircase, each keeps a random pace, or all
+take levels that are drawn anew at each step. In every table each free frame walks from noise to data in the same number
+of steps, and conditions stay clean. Only the last two kinds can be coarser: their steps are uneven, some go back.
+
+How strange a table is, is how far apart its free frames are: the mean of |τ_i - τ_j| over pairs of frames and over
+steps. It is 0 in the base's training, where all share one level, and 1/3 on average in the LoRA's. Read the picture
+from top to bottom: what a network has not learnt costs error as the tables get stranger; what it has learnt does not.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flow import shifted
+from paper.lab import Lab, Row, page
+from support import plots
+from toy.judge import Judge
+
+TITLE = "Frames that are denoised in any order"
+OWN, RANDOM = "together", ("random pace", "random levels")
+ORDERLY = ("late", "early", "backwards", "staircase", "staircase from the end")
+MEASURED = {  # task and network → tables
+    ("i2v", "seed-0"): (OWN, *ORDERLY, *RANDOM), ("i2v", "base"): (OWN, "staircase", "random levels"),
+    ("extend", "seed-0"): (OWN, "staircase", "random levels"), ("extend", "base"): (OWN, "random levels"),
+}  # fmt: skip
+MARGIN = 1.25  # a table is as good as the task's own if the error is no more than this times as high
+
+
+def measure(lab: Lab) -> None:
+    for task, network in MEASURED:
+        for table in tried(lab, task, network):
+            lab.figure(f"{task}, {network}: {table}", partial(_error, lab, task, network, table))
+
+
+def tried(lab: Lab, task: str, network: str) -> Sequence[str]:
+    """The tables that are tried: `MEASURED`, or a few of them in a quick pass."""
+    return lab.few(MEASURED[task, network])
+
+
+def _error(lab: Lab, task: str, network: str, table: str, seed: int) -> Tensor:
+    preset = lab.judge.preset
+    return lab.error(lab.network(network), task, seed, taus=taus(table, task, preset.steps, preset.shift, seed))
+
+
+def taus(table: str, task: str, K: int, shift: float, seed: int = 0) -> Tensor:
+    """A table (K+1, F) for a task with clean conditions; the seed is that of the random ones."""
+    m = Judge.plan(task).m
+    free, generator = m.nonzero()[:, 0].tolist(), torch.Generator().manual_seed(seed)
+    one, F = free[len(free) // 2], len(m)
+    done = torch.linspace(0, 1, K + 1, dtype=torch.float64)[:, None].repeat(1, F)  # each frame's share of its way
+    stairs = torch.logspace(-1, 1, len(free), base=3, dtype=torch.float64)  # powers: below 1 leads, above 1 lags
+    if table == "late":
+        done[:, one] **= 3
+    elif table == "early":
+        done[:, one] **= 1 / 3
+    elif table == "backwards":  # to about 0.6, back to 0.4, and on
+        u = done[:, one]
+        done[:, one] = u + 3.6 * u * (1 - u) * (1 - 2 * u)
+    elif table in ("staircase", "staircase from the end"):
+        done[:, free] **= stairs if table == "staircase" else stairs.flip(0)
+    elif table == "random pace":
+        done[1:-1] = torch.rand(K - 1, F, dtype=torch.float64, generator=generator).sort(0).values
+    levels = shifted((1 - done).clamp(0, 1), shift)
+    if table == "random levels":  # as the LoRA's training draws them, without a shift
+        levels[1:-1] = torch.rand(K - 1, F, dtype=torch.float64, generator=generator)
+    return (m * levels).float()
+
+
+def strangeness(taus: Tensor, task: str) -> float:
+    """The mean of |τ_i - τ_j| over all pairs of free frames and the steps of a table (K+1, F)."""
+    levels = taus[:-1, Judge.plan(task).m > 0]
+    n = levels.shape[1]
+    return ((levels[:, :, None] - levels[:, None]).abs().sum((1, 2)) / (n * (n - 1))).mean().item()
+
+
+def draw(lab: Lab, path: Path | str) -> None:
+    """The tables, from the least strange to the strangest, and the error by each of the base and the LoRA."""
+    preset, names = lab.opened.preset, ("i2v", "extend")
+    tables = sorted(tried(lab, "i2v", "seed-0"), key=lambda table: _strangeness(lab, table, "i2v"))
+    own, strange = (lab.middle(f"i2v, seed-0: {table}") for table in (OWN, _worst(lab, "i2v", (OWN, *ORDERLY))))
+    title = f"Frames out of step: at worst {strange / own:.1f} times the error of frames in step (i2v, LoRA)"
+    with page(path, title, (0.45, 1, 1), 4.6) as (pictures, *panels):
+        for row, table in enumerate(tables):
+            levels = taus(table, "i2v", preset.steps, preset.shift)
+            where = (0, levels.shape[1], row + 0.42, row - 0.42)
+            pictures.imshow(levels.numpy(), "magma_r", extent=where, vmin=0, vmax=1, aspect="auto")
+        labels = [f"{table}  {_strangeness(lab, table, 'i2v'):.2f}" for table in tables]
+        pictures.set_yticks(range(len(tables)), labels)
+        pictures.set(xticks=[], xlim=(0, levels.shape[1]), xlabel="strangeness, and τ:\nsteps down, dark is noise")
+        pictures.xaxis.set_label_coords(1, -0.03)
+        pictures.xaxis.label.set_horizontalalignment("right")
+        for axes, task in zip(panels, names, strict=True):
+            for network, colour, label in (("base", plots.COLOURS[1], "base"), ("seed-0", plots.COLOURS[0], "LoRA")):
+                measured = [f"{task}, {network}: {table}" for table in tables if table in tried(lab, task, network)]
+                at = [row for row, table in enumerate(tables) if table in tried(lab, task, network)]
+                middle, spread = ([of(name) for name in measured] for of in (lab.middle, lab.spread))
+                axes.errorbar(middle, at, xerr=spread, color=colour, marker="o", linestyle="none", label=label)
+            axes.set(title=task, xlabel="error, px", xlim=(0, None), yticks=range(len(tables)), yticklabels=[])
+            axes.grid()
+        for axes in (pictures, *panels):
+            axes.set_ylim(len(tables) - 0.5, -0.5)
+        panels[1].legend(loc=(0.5, 0.62))  # beside tables that are not tried for it
+
+
+def _strangeness(lab: Lab, table: str, task: str) -> float:
+    """The mean over the seeds."""
+    preset = lab.opened.preset
+    each = [strangeness(taus(table, task, preset.steps, preset.shift, seed), task) for seed in lab.seeds]
+    return sum(each) / len(each)
+
+
+def _worst(lab: Lab, task: str, tables: tuple[str, ...]) -> str:
+    known = [table for table in tables if table in tried(lab, task, "seed-0")]
+    return max(known, key=lambda table: lab.middle(f"{task}, seed-0: {table}"))
+
+
+def rows(lab: Lab) -> list[Row]:
+    found = []
+    for claim, task, tables in (
+        ("i2v with a frame late, early or backwards, or as a staircase", "i2v", ORDERLY),
+        ("i2v with random paces and random levels", "i2v", RANDOM),
+        ("extend as a staircase", "extend", ("staircase",)),
+        ("extend with random levels", "extend", ("random levels",)),
+    ):
+        if not set(tables) & set(tried(lab, task, "seed-0")):
+            continue
+        own, worst = f"{task}, seed-0: {OWN}", _worst(lab, task, tables)
+        name = f"{task}, seed-0: {worst}"
+        ours = f"{lab.told(own)} with frames together, at worst ({worst}) {lab.told(name)}"
+        if worst in tried(lab, task, "base"):
+            ours += f"; base {lab.told(f'{task}, base: {OWN}')}, {lab.told(f'{task}, base: {worst}')}"
+        holds = lab.middle(name) - lab.spread(name) <= MARGIN * lab.middle(own) + lab.spread(own)
+        found.append(Row(f"{claim}: no table is as trained", "explosion avoided, no figure", ours, holds))
+    return found

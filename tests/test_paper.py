@@ -1,0 +1,262 @@
+"""The paper's claims: the bench they share, the command that runs and tells them, and two of the claims."""
+
+import dataclasses
+import json
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from small import call, mistake
+from torch import nn
+
+import lora
+import train
+from model import SelfAttention, rope_tables
+from paper import __main__ as paper
+from paper import ablation, lab, mechanism
+from toy.judge import Judge
+
+HERE = Path("README.md").resolve().parent
+
+
+@pytest.fixture
+def config(tmp_path) -> lab.Config:
+    """A quick pass whose folders are all in a temporary one."""
+    folders = {name: str(tmp_path / name) for name in ("work", "results", "docs", "readme")}
+    return lab.Config(quick=True, commit="c0ffee", **folders)
+
+
+def flags(config: lab.Config) -> list[str]:
+    return [f"--{name}={getattr(config, name)}" for name in ("work", "results", "docs", "readme", "commit")]
+
+
+@pytest.fixture
+def claims(monkeypatch) -> dict[str, ModuleType]:
+    """Three claims in place of the paper's: one that measures, one that fails, one that fails when it is drawn."""
+
+    def claim(name: str, measure, draw) -> ModuleType:
+        module = ModuleType(f"paper.{name}", f"What {name} claims.\n\nMore about it.")
+        module.measure, module.draw, module.TITLE = measure, draw, "a | title"
+        module.rows = lambda bench: [lab.Row(f"{name} | claim", "1.7", bench.told("one"), True)]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return module
+
+    def measures(bench):
+        bench.figure("one", lambda seed: torch.full((bench.scenes,), 2.0))
+
+    def draws(bench, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"a picture")
+
+    def fails(*arguments):
+        raise RuntimeError("no such luck")
+
+    made = {"good": claim("good", measures, draws), "bad": claim("bad", fails, draws)}
+    made["undrawn"] = claim("undrawn", measures, fails)
+    monkeypatch.setattr(paper, "CLAIMS", ("bad", "undrawn", "good"))
+    return made
+
+
+# The bench
+
+
+def test_a_figure_is_measured_once_and_goes_on_after_a_stop(config):
+    bench, asked = lab.Lab(config, "x"), []
+    bench.seeds = (0, 1, 2)
+
+    def values(seed: int) -> torch.Tensor:
+        asked.append(seed)
+        if seed == 2 and len(asked) == 3:
+            raise KeyboardInterrupt
+        return torch.tensor([seed, 1.234567, 1e-5 / 3, 1000.0])
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.figure("one", values)
+    again = lab.Lab(config, "x")
+    again.seeds = (0, 1, 2)
+    again.figure("one", values)
+    assert asked == [0, 1, 2, 2]
+    record = json.loads(again.path.read_text())
+    assert record["figures"] == {"one": [[seed, 1.235, 3.333e-6, 1000.0] for seed in (0, 1, 2)]}
+    assert record["seeds"] == [0, 1, 2] and record["scenes"] == 4 and record["commits"] == ["c0ffee"]
+    assert record["settings"]["steps"] == 10
+
+
+def test_figures_of_other_scenes_are_not_taken_over(config):
+    bench = lab.Lab(config, "x")
+    bench.figure("one", lambda seed: torch.ones(4))
+    assert lab.Lab(config, "x").figures and not lab.Lab(dataclasses.replace(config, quick=False), "x").figures
+
+
+def test_a_figure_is_below_another_beyond_both_spreads(config):
+    bench = lab.Lab(config, "x")
+    bench.figures = {"a": [[1.0], [1.2]], "b": [[1.3], [1.5]], "c": [[1.2], [1.3]]}  # 1.1 ± 0.1, 1.4 ± 0.1, 1.25 ± 0.05
+    assert (bench.below("a", "b"), bench.below("b", "a"), bench.below("b", "c")) == (True, False, None)
+    with pytest.raises(LookupError):
+        bench.below("a", "d")
+
+
+def test_a_lora_is_trained_once(config, monkeypatch):
+    trained = []
+
+    def fake(settings: train.TrainConfig, prepare) -> None:
+        trained.append(settings)
+        (Path(settings.out) / "lora.safetensors").parent.mkdir(parents=True)
+        (Path(settings.out) / "lora.safetensors").touch()
+
+    monkeypatch.setattr(train, "train", fake)
+    bench = lab.Lab(dataclasses.replace(config, quick=False), "x")
+    assert bench.lora("rank-8") == bench.lora("rank-8") == Path(config.work) / "rank-8" / "lora.safetensors"
+    bench.lora("async-25")
+    assert [(t.rank, t.steps, t.batch, t.p_async) for t in trained] == [(8, 800, 32, 1.0), (32, 800, 32, 0.25)]
+    assert lab.Lab(config, "x").lora("seed-0") == Path("checkpoints/tiny/lora.safetensors"), (
+        "a quick pass needs a good one"
+    )
+
+
+def test_those_who_come_to_one_path_wait_for_each_other(tmp_path):
+    order, inside = [], threading.Event()
+
+    def second() -> None:
+        inside.wait()
+        with lab.alone(tmp_path / "a" / "x"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    with lab.alone(tmp_path / "a" / "x"):
+        inside.set()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+# The command
+
+
+def test_a_claim_that_fails_does_not_stop_the_others(config, claims):
+    result = call(paper, *flags(config), "--quick")
+    assert result.status.startswith("failed: bad, undrawn;") and "no such luck" in result.err
+    assert json.loads((Path(config.results) / "undrawn.json").read_text())["figures"]
+    page = (Path(config.docs) / "reproduction.md").read_text()
+    assert "| good \\| claim | 1.7 | 2.00 ± 0.00 px | yes | `python -m paper good` |" in page
+    assert "| What bad claims. |  | not run |  | `python -m paper bad` |" in page
+    assert "![good](good.png)" in page and "undrawn.png" not in page and "4 scenes, 1 seeds; measured at c0ffee" in page
+
+
+def test_a_claim_that_was_stopped_is_told_as_such(config, claims):
+    claims["good"].rows = lambda bench: [lab.Row("good", "", bench.told("two"), None)]
+    page = Path(config.docs) / "reproduction.md"
+    call(paper, "good", *flags(config), "--quick")
+    assert "| What good claims. |  | not run to its end |" in page.read_text()
+
+
+def test_measuring_alone_draws_nothing(config, claims):
+    result = call(paper, "good", "undrawn", *flags(config), "--quick", "--measure")
+    assert result.status == 0 and not Path(config.docs).exists()
+    assert {path.name for path in Path(config.results).iterdir()} == {"good.json", "undrawn.json"}
+
+
+def test_the_readme_gets_the_first_line_of_each_claim(config, claims):
+    claims["good"].rows = lambda bench: [lab.Row(name, "1", "2", holds) for name, holds in (("a", None), ("b", False))]
+    readme = Path(config.readme)
+    readme.write_text("# before\n\n<!-- paper -->\n\nold\n\n<!-- /paper -->\n\nafter\n")
+    call(paper, "good", *flags(config), "--quick")
+    before, table, after = (
+        readme.read_text().partition("<!-- paper -->\n")[0],
+        *readme.read_text().split("<!-- paper -->\n")[1].split("\n<!-- /paper -->"),
+    )
+    assert (before, after) == ("# before\n\n", "\n\nafter\n")
+    assert table.strip().splitlines() == [
+        "| claim | the paper | here | holds |", "| --- | --- | --- | --- |", "| What bad claims. |  | not run |  |",
+        "| What undrawn claims. |  | not run |  |", "| a | 1 | 2 | cannot be told |",
+    ]  # fmt: skip
+
+
+def test_a_quick_pass_writes_only_to_a_temporary_folder(claims, monkeypatch, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(HERE / "checkpoints")
+    (tmp_path / "README.md").write_text("<!-- paper -->\n\nold\n\n<!-- /paper -->\n")
+    monkeypatch.chdir(tmp_path)
+    result = call(paper, "good", "--quick", "--commit", "x")
+    page = Path(result.out.splitlines()[-1])
+    assert result.status == 0 and page.is_file() and tmp_path not in page.parents
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "README.md"}
+    assert "old" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nothing"], ["'nothing'", "ablation"]), (["train", "ablation"], ["'train'", "alone"]),
+    (["train", "--only", "rank-7"], ["'rank-7'", "rank-8"]),
+])  # fmt: skip
+def test_mistakes_end_in_a_sentence(arguments, words):
+    mistake(call(paper, *arguments), *words)
+
+
+# Ablation
+
+
+def fake_bench(config: lab.Config, error) -> tuple[lab.Lab, list]:
+    """A bench whose evaluations cost nothing; error(lora, strength, settings) is what each scene has."""
+    bench, asked = lab.Lab(config, "ablation"), []
+    bench.__dict__["judge"] = SimpleNamespace(preset=bench.opened.preset, plan=Judge.plan)
+    bench.network = lambda name, strength=1.0: (name, strength)
+
+    def measured(network, task, seed, **settings):
+        asked.append((network, task, seed, *map(str, settings.values())))
+        return torch.full((bench.scenes,), error(*network, settings) + 0.001 * seed)
+
+    bench.error = measured
+    return bench, asked
+
+
+def test_the_ablation_varies_one_setting_at_a_time(config, monkeypatch, tmp_path):
+    def error(name: str, strength: float, settings: dict) -> float:
+        worse = {"rank-2": 2.0, "async-0": 4.0, "steps-3200": 0.5}.get(name, 0.0)
+        return 3 + worse + abs(strength - 1.7) + 10 / settings.get("steps", 10) + 4 * ("taus" in settings)
+
+    bench, asked = fake_bench(dataclasses.replace(config, quick=False), error)
+    told = []
+    monkeypatch.setattr(ablation, "as_told", lambda lab, name, seed: told.append(name) or 90 + torch.rand(256))
+    ablation.measure(bench)
+    assert len(asked) + len(told) <= 150 and len(set(asked)) == len(asked), "nothing is measured twice"
+    holds = {row.claim.partition(":")[0].partition(" (")[0]: row.holds for row in ablation.rows(bench)}
+    assert holds == {
+        "10 steps of sampling suffice": False, "a strength above 1 is best": True, "a higher rank is better": True,
+        "longer training does not help": True, "i2v": True, "extend": True,
+        "T2V does not suffer from a level for each frame": True, "noise on the given image helps": False,
+    }  # fmt: skip
+    ablation.draw(bench, tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").stat().st_size > 10_000
+    assert bench.path.stat().st_size < 10**6
+
+
+# Mechanism
+
+
+def test_attention_by_frames_is_that_of_the_layer():
+    layer, frames, S = SelfAttention(12, 2, 1e-6), 3, 4
+    rope, x = rope_tables((frames, 2, 2), 6, torch.device("cpu")), torch.randn(2, frames * S, 12)
+    shares = mechanism.frame_attention(layer, x, rope, frames)
+    assert torch.allclose(shares.sum(1), torch.ones(frames))
+    nn.init.eye_(layer.o.weight)
+    nn.init.zeros_(layer.o.bias)
+    for frame in range(frames):  # values of 1 in a frame, 0 elsewhere: the layer's output is the share it gets
+        value = torch.zeros(2, frames * S, 12)
+        value[:, frame * S : (frame + 1) * S] = 1
+        layer.v.forward = lambda x, value=value: value
+        out = layer(x, rope).unflatten(1, (frames, S)).mean((0, 2, 3))
+        assert torch.allclose(out, shares[:, frame], atol=1e-6)
+
+
+def test_the_change_of_a_layer_is_relative(tmp_path):
+    layers = {"blocks.0.ffn.0": torch.randn(6, 4), "blocks.0.ffn.2": torch.randn(4, 6)}
+    pairs = {name: lora.Pair(torch.randn(2, W.shape[1]), torch.randn(W.shape[0], 2), 4.0) for name, W in layers.items()}
+    lora.save(tmp_path / "l.safetensors", lora.LoRA(pairs))
+    moved = {f"{name}.weight": W + 1.5 * 2 * pairs[name].B @ pairs[name].A for name, W in layers.items()}
+    right = mechanism.changes(layers, moved)
+    assert torch.allclose(mechanism.lora_changes(layers, tmp_path / "l.safetensors", 1.5), right, rtol=1e-4)
+    assert mechanism.changes(layers, {f"{name}.weight": 3 * W for name, W in layers.items()}).tolist() == [2, 2]
