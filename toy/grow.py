@@ -112,7 +112,7 @@ def rendered_clips(
             parts.append(vae.encode(clips).cpu())
             progress.step()
         with cli.replacing(stored) as path:
-            save_file({"latents": torch.cat(parts)}, path)
+            save_file({"latents": torch.cat(parts).contiguous()}, path)
     captions, apart = [scene.caption for scene in scenes], held_out(count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     context = context_of(opened, config, encoder, captions)
