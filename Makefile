@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow tiny evaluate gallery clean
+.PHONY: demo test test-slow tiny evaluate paper gallery clean
 
 TASKS = t2v i2v start-end extend prepend complete transition keyframes loop restyle stream
 
@@ -23,6 +23,10 @@ tiny: .venv/demo
 
 evaluate: .venv/demo
 	$(BIN)/python -m toy.judge
+
+# Rerun the paper's claims; stop it at any moment and run it again to go on.
+paper: .venv/demo
+	$(BIN)/python -m paper
 
 # Make the README's pictures anew, each by the command that it shows.
 gallery: .venv/demo

@@ -145,8 +145,11 @@ class Lab:
             predicted.append(network(z, tau.expand(len(z), -1), context).float())
         return torch.cat(predicted), x1 - self.latents
 
-    def error(self, network: nn.Module, task: str, seed: int, **settings) -> Tensor:
-        """For each scene, the mean distance in pixels of its shapes from where the conditions say they must be."""
+    def error(self, network: nn.Module, task: str, seed: int, **settings: float | Tensor | None) -> Tensor:
+        """For each scene, the mean distance in pixels of its shapes from where the conditions say they must be.
+
+        settings: those of `Judge.latents`.
+        """
         readings = world.measure(self.judge.videos(network, task, seed, **settings))
         return centroid_errors(self.judge.scenes, readings, DETERMINED[task]).mean(1)
 

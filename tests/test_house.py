@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IDEA, SEVEN = ("vta", "flow", "tasks", "lora"), ("vta", "flow", "tasks", "lora", "model", "sample", "train")
-FLOORS = ("support", "wan", "seven", "toy")  # each imports from its own floor and from those before it
+FLOORS = ("support", "wan", "seven", "toy", "paper")  # each imports from its own floor and from those before it
 NEVER = {  # what a file must not import, besides what its floor forbids
     "vta": SEVEN, "flow": SEVEN, "tasks": ("model", "lora", "sample", "train"), "lora": ("sample", "train"),
     "model": ("sample", "train", "lora", "flow", "tasks"), "train": ("sample",), "sample": ("train",),
@@ -16,7 +16,7 @@ NEVER = {  # what a file must not import, besides what its floor forbids
 
 def _modules() -> dict[str, Path]:
     """Our modules by their dotted names, without tests and benchmarks."""
-    files = [*ROOT.glob("*.py"), *(path for floor in ("support", "wan", "toy") for path in ROOT.glob(f"{floor}/*.py"))]
+    files = [*ROOT.glob("*.py"), *(path for floor in FLOORS for path in ROOT.glob(f"{floor}/*.py"))]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
 
 
@@ -36,6 +36,7 @@ def _imports(tree: ast.AST) -> set[str]:
 
 
 ARROWS = {name: _imports(tree) - {name} for name, tree in TREES.items()}
+HOUSE = [name for name in MODULES if not name.startswith("paper.")]  # of the paper's claims each stands alone
 
 
 def _floor(name: str) -> int:
@@ -77,7 +78,7 @@ def test_imports_make_no_circles():
 
 def test_there_are_few_imports():
     """Each is a reason to open another file while reading one."""
-    assert sum(map(len, ARROWS.values())) <= 73
+    assert sum(len(others) for name, others in ARROWS.items() if name in HOUSE) <= 73
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
@@ -110,4 +111,4 @@ def test_the_method_is_short():
 
 def test_the_house_is_small():
     """All but the paper's claims, the page to play with, tests and benchmarks."""
-    assert _lines(*MODULES) <= 5965
+    assert _lines(*HOUSE) <= 5965

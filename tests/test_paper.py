@@ -196,6 +196,20 @@ def test_mistakes_end_in_a_sentence(arguments, words):
     mistake(call(paper, *arguments), *words)
 
 
+@pytest.mark.slow
+def test_the_whole_runs_and_its_orders_are_right(config):
+    names = paper.CLAIMS[: paper.CLAIMS.index("history")]  # what is beyond the paper takes longer
+    result = call(paper, *names, *flags(config), "--quick")
+    assert result.status == 0, result.err
+    page = (Path(config.docs) / "reproduction.md").read_text(encoding="utf-8")
+    for name in names:
+        assert f"![{name}]({name}.png)" in page and f"| not run |  | `python -m paper {name}` |" not in page
+    claimed = lab.Lab(config, "zero_shot")
+    assert claimed.below("extend, seed-0: error", "extend, base: error")
+    looked = lab.Lab(config, "mechanism")
+    assert looked.below(*(mechanism.taken_name(network, 0.0) for network in ("Pusa", "base")))
+
+
 # Ablation
 
 
