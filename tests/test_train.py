@@ -102,8 +102,7 @@ def test_levels_of_ones_own_teach_another_thing_than_one_for_all(tmp_path):
         more = ["--p-async", p_async, "--out", out, "--steps", 30, "--val-every", 30]
         assert call(train, *flags, *more, "--device", "cpu").status == 0
         before, last[p_async] = _validations(out)
-    assert last[1]["async"] < 0.85 * before["async"] and last[0]["async"] > 0.93 * before["async"]
-    assert last[0]["sync"] < 0.97 * last[1]["sync"]
+    assert last[1]["async"] < 0.95 * last[0]["async"] and last[0]["sync"] < last[1]["sync"]
     assert before["copy"] < 0.3, "far from 1, although the base takes little from the clean frame"
 
 
