@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import lora
 from model import Wan, rotate
+from paper import i2v
 from paper.lab import Lab, Row
 from support import cli, plots
 
@@ -40,7 +41,7 @@ FINETUNE, CHANGED = "relative change of each layer, I2V finetune", "relative cha
 def measure(lab: Lab) -> None:
     layers = targets(lab.judge.transformer())
     lab.figure(CHANGED, lambda seed: lora_changes(layers, lab.lora(f"seed-{seed}"), lab.judge.preset.strength))
-    finetune = Path(lab.config.work) / "i2v" / "steps-4000.safetensors"
+    finetune = Path(lab.config.work) / "i2v" / f"{i2v.BUDGETS[-1]}.safetensors"
     if finetune.exists():
         lab.figure(FINETUNE, lambda seed: changes(layers, load_file(finetune, str(lab.device))))
     else:
