@@ -93,8 +93,8 @@ class Lab:
     def lora(self, name: str) -> Path:
         """The file of a LoRA of `TRAININGS`, which is trained now if it has not been.
 
-        seed-0 is the model's own, which was trained in the same way; a quick pass trains the others for so few steps that
-        they only show that it works.
+        seed-0 is the model's own, trained in the same way; a quick pass trains the others for so few steps that they
+        only show that it works.
         """
         if name == "seed-0":
             return Path(self.config.model) / "lora.safetensors"
