@@ -70,44 +70,6 @@ class _Video(PyAVPlugin):
         pixels = frame.to_ndarray(format="rgb24", interpolation=_SWSCALE)
         return _from_bytes(pixels, size, frame.rotation)  # phones store sideways pictures, and how to turn them
 
-    def encode(self, frames: Iterable[np.ndarray], fps: Fraction, sound: Sound | None) -> None:
-        """Write frames (H, W, 3) of 0..255 as H.264, H and W even, and a clip's sound, if it has any, as AAC."""
-        frames = iter(frames)
-        first = next(frames)
-        self.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")
-        stream, context = self._video_stream, self._video_stream.codec_context
-        stream.height, stream.width = first.shape[:2]
-        # crf is from 0 (lossless) to 51. Without `cpu-independent` and a fixed number of threads, bytes can differ.
-        context.options, context.thread_count = {"crf": "12", "x264-params": "cpu-independent=1"}, 4
-        # Untagged, players guess the colour matrix from the size. BT.601 is FFmpeg's 6 and swscale's 5, video range 1.
-        context.colorspace, context.color_range = 6, 1
-        exact = {"format": "yuv420p", "dst_colorspace": 5, "dst_color_range": 1, "interpolation": _SWSCALE}
-        heard = self._sound(sound)
-        until, _ = next(heard, (None, []))
-        for number, pixels in enumerate(chain([first], frames), 1):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(**exact)
-            self._container.mux(stream.encode(frame))
-            while until is not None and until < number / fps:  # as players read both side by side
-                until, packets = next(heard, (None, []))
-                self._container.mux(packets)
-        for _, packets in heard:
-            self._container.mux(packets)
-        self._flush_writer()
-
-    def _sound(self, sound: Sound | None) -> Iterator[tuple[Fraction, list[av.Packet]]]:
-        """(end in seconds, packets) of each piece of a sound; the first is empty, and makes the stream."""
-        if sound is None:
-            return
-        with av.open(str(Path(sound.clip).resolve()), metadata_errors="ignore") as file:
-            if not file.streams.audio:
-                return
-            stream, done = self._container.add_stream("aac", rate=_HERTZ, layout="stereo"), 0
-            yield Fraction(0), []
-            for piece in _pieces(file, sound):
-                piece.pts, piece.time_base, done = done, Fraction(1, _HERTZ), done + piece.samples
-                yield Fraction(done, _HERTZ), stream.encode(piece)
-            yield Fraction(done, _HERTZ), stream.encode(None)
-
     def close(self) -> None:
         """Close the file, without collecting the garbage of the whole process: beside torch that takes 0.1 s a clip."""
         if self._container is not None:
@@ -315,11 +277,48 @@ def write_video(path: Path | str, video: Tensor | Iterable[Tensor], fps: float, 
             _write_mp4(temporary, frames, Fraction(fps).limit_denominator(1001), sound)
 
 
-def _write_mp4(path: Path, frames: Iterable[np.ndarray], fps: Fraction, sound: Sound | None) -> None:
-    even = (np.pad(f, ((0, f.shape[0] % 2), (0, f.shape[1] % 2), (0, 0)), mode="edge") for f in frames)
+def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: Fraction, sound: Sound | None) -> None:
+    """Frames (H, W, 3) of 0..255 as H.264, and a clip's sound, if it has any, as AAC."""
     # An index at the front, so that browsers can start at once.
-    with iio.imopen(path, "w", plugin=_Video, options={"movflags": "faststart"}) as file:
-        file.encode(even, fps, sound)
+    with av.open(str(path.resolve()), "w", options={"movflags": "faststart"}) as file:
+        first = next(frames)
+        height, width = first.shape[:2]
+        stream = file.add_stream("libx264", fps)
+        stream.pix_fmt, stream.height, stream.width = "yuv420p", height + height % 2, width + width % 2
+        # crf is from 0 (lossless) to 51. Without `cpu-independent` and a fixed number of threads, bytes can differ.
+        context, options = stream.codec_context, {"crf": "12", "x264-params": "cpu-independent=1"}
+        context.options, context.thread_count = options, 4
+        # Untagged, players guess the colour matrix from the size. BT.601 is FFmpeg's 6 and swscale's 5, video range 1.
+        context.colorspace, context.color_range = 6, 1
+        exact = {"format": "yuv420p", "dst_colorspace": 5, "dst_color_range": 1, "interpolation": _SWSCALE}
+        heard = _written_sound(file, sound)
+        until, _ = next(heard, (None, []))
+        for number, pixels in enumerate(chain([first], frames), 1):
+            even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24").reformat(**exact)))
+            while until is not None and until < number / fps:  # as players read both side by side
+                until, packets = next(heard, (None, []))
+                file.mux(packets)
+        file.mux(stream.encode())
+        for _, packets in heard:
+            file.mux(packets)
+
+
+def _written_sound(
+    file: av.container.OutputContainer, sound: Sound | None
+) -> Iterator[tuple[Fraction, list[av.Packet]]]:
+    """(end in seconds, packets) of each piece of a sound; the first is empty, and makes the stream."""
+    if sound is None:
+        return
+    with av.open(str(Path(sound.clip).resolve()), metadata_errors="ignore") as clip:
+        if not clip.streams.audio:
+            return
+        stream, done = file.add_stream("aac", rate=_HERTZ, layout="stereo"), 0
+        yield Fraction(0), []
+        for piece in _pieces(clip, sound):
+            piece.pts, piece.time_base, done = done, Fraction(1, _HERTZ), done + piece.samples
+            yield Fraction(done, _HERTZ), stream.encode(piece)
+        yield Fraction(done, _HERTZ), stream.encode(None)
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
@@ -330,14 +329,15 @@ def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     # GIF counts in hundredths of a second: rounding the times, not the durations, lets no error add up.
     times = [round(100 * index / fps) for index in range(len(frames) + 1)]
     settings = {"palette": bytes(palette.getpalette()), "duration": [10 * (b - a) for a, b in pairwise(times)]}
-    iio.imwrite(path, np.stack(indices), plugin="pillow", mode="P", loop=0, disposal=1, **settings)
+    settings |= {"plugin": "pillow", "extension": ".gif", "mode": "P", "loop": 0, "disposal": 1}
+    path.write_bytes(iio.imwrite("<bytes>", np.stack(indices), **settings))
 
 
 def save_image(path: Path | str, image: Image.Image | Tensor) -> None:
     """Write a Pillow image, or a tensor (3, H, W) in [-1, 1], as PNG."""
     pixels = _to_bytes(image[:, None])[0] if isinstance(image, Tensor) else np.asarray(image)
     with cli.replacing(path) as temporary:
-        iio.imwrite(temporary, pixels, plugin="pillow", extension=".png")
+        temporary.write_bytes(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".png"))
 
 
 def filmstrip(

@@ -250,7 +250,8 @@ def test_stretches_of_a_clip(tmp_path):
     assert indices(media.read_video(f"{path}@3-6", fps=8)) == [6, 8, 10, 12], "counted at the rate asked for"
     assert indices(media.read_video(f"{path}@3-9", first=4, last=2)) == [5, 6]
     assert indices(media.read_video(media.part(media.part(str(path), 3, 9), 2, 3))) == [5, 6, 7]
-    assert [media.count(f"{path}{part}", fps) for part in ("", "@3-6", "@12-40") for fps in (16, 8)] == [16, 8, 4, 4, 4, 0]
+    counts = [media.count(f"{path}{part}", fps) for part in ("", "@3-6", "@12-40") for fps in (16, 8)]
+    assert counts == [16, 8, 4, 4, 4, 0]
     assert media.stretch_of(path) == (str(path), 0, None) and media.stretch_of("a@1.mp4") == ("a@1.mp4", 0, None)
     with pytest.raises(ValueError, match="ends before those frames"):
         media.read_video(f"{path}@16-20")
