@@ -94,21 +94,12 @@ def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
 
 def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     """Fill in what is left to the model, the clip or the machine. ValueError for settings that exclude each other."""
-    alone = config.task == "t2v" and config.prompt is None and not config.overwrite and not config.plot
-    if config.prompts is not None and not alone:
-        raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected "
-                         "none of them; to make clips anew, choose another --out")  # fmt: skip
     for one, other in (("seconds", "frames"), ("lora", "no_lora")):
         if getattr(config, one) and getattr(config, other) not in (None, False):
             raise ValueError(f"got --{one} and --{other.replace('_', '-')}, expected one of the two")
-    as_long_as_the_clip = config.frames is None and config.seconds is None
-    values = opened.settings(config.preset, config.task)
-    size = values.pop("size")
-    values["noise"] = values["noise"] if tasks.TASKS[config.task].noise else None
-    if not opened.two_experts:
-        values |= {"boundary": None, "guidance_2": None}
-    elif config.guidance is not None or values["guidance_2"] is None:  # --guidance alone is for both
-        values["guidance_2"] = values["guidance"] if config.guidance is None else config.guidance
+    task, as_long_as_the_clip = tasks.TASKS[config.task], config.frames is None and config.seconds is None
+    values = opened.settings(config.preset, config.task, config.guidance)
+    size, values["noise"] = values.pop("size"), values["noise"] if task.noise else None
     if config.negative_prompt is not None:
         config = replace(config, negative_prompt=records.from_file(config.negative_prompt))
     loras, own, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
@@ -129,23 +120,19 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     cli.check(config)  # a model's preset may be out of range, too
     if config.seconds is not None:
         config = replace(config, frames=4 * round(config.seconds * config.fps / 4) + 1, seconds=None)
-    config = records.with_inputs(config, tasks.TASKS[config.task])
-    if config.task == "retake" and as_long_as_the_clip:
-        config = replace(config, frames=min(config.frames, records.longest(config)))
-    size = cli.parse_size(config.size) if config.size else records.size_like(config.image, config.video, size)
-    return replace(config, size="{}x{}".format(*size))
+    return records.with_inputs(config, task, size, as_long_as_the_clip)
 
 
 @dataclass
 class Job:
     """A run, laid out: one `tasks.Plan` and one table of noise levels (K+1, F) for each window."""
 
-    task: str
     plans: list[tasks.Plan]
     taus: list[Tensor]
     F: int  # latent frames of the finished video
     carried: int  # latents that a window takes over from the one before
     backwards: bool  # windows go towards the past
+    given: list[bool]  # of each of its pixel frames
     around: records.Around | None  # the clip to show it in
 
 
@@ -163,8 +150,8 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
         cli.parse_numbers("noise", config.noise, float), config.strength, stagger, lengths, stretch,
     )  # fmt: skip
     if config.end_latent == "lone":  # as the official code has it
-        lone = [s._replace(frames=1, drop=0) if s.source == "image" else s for s in first.given]
-        first = first._replace(given=lone)
+        alone = [slot._replace(frames=1, drop=0) if slot.source == "image" else slot for slot in first.given]
+        first = first._replace(given=alone)
     # A window goes on from as many latents as the first one has conditions, as noisy as those; `stream` may have none.
     filled = [position for slot in first.given for position in slot.positions]
     carried, noise = (len(filled), first.m[filled].tolist()) if filled else (4, [0.0])
@@ -178,7 +165,8 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
     # A frame takes 1 - d_max of the run, so delays add steps. 1e-6: floating-point error must not add one more.
     steps = [math.ceil(config.steps / (1 - plan.d.max().item()) - 1e-6) for plan in plans]
     taus = [tasks.tau_schedule(plan.m, K, config.shift, plan.d) for plan, K in zip(plans, steps, strict=True)]
-    return Job(config.task, plans, taus, F, carried, backwards, records.around(config, first, F))
+    given = records.given_frames(first, F, backwards, may_change=not tasks.TASKS[config.task].noise)
+    return Job(plans, taus, F, carried, backwards, given, records.around(config, first, F))
 
 
 def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
@@ -382,7 +370,7 @@ def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> di
 
         (latents,) = generate(experts, job, inputs, [config.seed], on_step)
         experts.clear()
-        records.write_run(config, files, decode(experts.vae, latents), given_frames(job), job.around)
+        records.write_run(config, files, decode(experts.vae, latents), job.given, job.around)
         if config.plot:
             marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
             videos = [(f"after step {k}", decode(experts.vae, z)) for k, z in states.items()]
@@ -404,14 +392,6 @@ def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> d
         clips.write(decode(experts.vae, latents) for latents in made)
     print(clips.folder)
     return {"clips": clips.folder}
-
-
-def given_frames(job: Job) -> list[bool]:
-    """For each pixel frame that is made, whether it was given. Of `restyle` and `retake` none is that may change."""
-    plan, N = job.plans[0], tasks.pixel_frames(job.F)
-    before = (job.F - len(plan.m)) * job.backwards
-    given = {i for slot in plan.given for i in slot.positions if tasks.TASKS[job.task].noise or plan.m[i] == 0}
-    return [tasks.latent_index(n, N) - before in given for n in range(N)]
 
 
 def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:

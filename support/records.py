@@ -69,6 +69,7 @@ def told(config: Config, taus: Sequence[Tensor] = ()) -> str:
     """What was chosen for a run, in one line, and the tables of noise levels below it."""
     guidance = f"{config.guidance:g}" + ("" if config.guidance_2 is None else f" and {config.guidance_2:g}")
     loras = f"LoRA {', '.join(config.lora)}" if config.lora else "no LoRA"
+    guidance += "" if config.history_guidance == 1 else f", history guidance {config.history_guidance:g}"
     line = (f"settings: {config.size}, {config.frames} frames at {config.fps:g} fps, {config.steps} steps, "
             f"guidance {guidance}, shift {config.shift:g}, {loras}")  # fmt: skip
     return "\n\n".join([line, *map(plots.table, taus)])
@@ -88,10 +89,11 @@ def from_file(text: str) -> str:
     return " ".join(dataset.read_prompts(text[1:])) if text.startswith("@") else text
 
 
-def with_inputs(config: Config, needed: NamedTuple) -> Config:
+def with_inputs(config: Config, needed: NamedTuple, size: tuple[int, int], as_long_as_the_clip: bool) -> Config:
     """Fill in images, videos, positions and prompt; where none are given, from the clips that come with the project.
 
-    needed: the task, with how many `images` and `videos` it is given.
+    needed: the task, with how many `images` and `videos` it is given. Without --size the video has the shape of the
+    first, at the number of pixels of `size`. as_long_as_the_clip: whether a `retake` of a short clip has fewer frames.
     """
     image, video, at, between = config.image or (), config.video or (), config.at, config.between
     folder = EXAMPLES if (EXAMPLES / "00000.mp4").exists() else Path(__file__).parent.parent / EXAMPLES
@@ -106,8 +108,12 @@ def with_inputs(config: Config, needed: NamedTuple) -> Config:
     prompt = config.prompt
     if prompt is None and config.prompts is None:
         prompt = caption(source) if source else ""
+    size = cli.parse_size(config.size) if config.size else size_like(image, video, size)
     changes = {"image": tuple(image), "video": tuple(video), "at": at, "between": between, "prompt": prompt}
-    return dataclasses.replace(config, **changes)
+    if config.task == "retake" and video and as_long_as_the_clip:
+        frames = media.count(video[0], config.fps)
+        changes["frames"] = min(config.frames, frames - (frames - 1) % 4)
+    return dataclasses.replace(config, size="{}x{}".format(*size), **changes)
 
 
 def size_like(images: Iterable[str], videos: Iterable[str], size: tuple[int, int]) -> tuple[int, int]:
@@ -135,13 +141,14 @@ def lengths(config: Config) -> list[int]:
 
 def clips_asked(config: Config) -> int:
     """How many clips a run makes: one, or one for each line of `--prompts`."""
-    return 1 if config.prompts is None else len(dataset.read_prompts(config.prompts))
+    return 1 if config.prompts is None else len(_prompts(config))
 
 
-def longest(config: Config) -> int:
-    """The most frames, 4k+1, that the first clip has."""
-    frames = media.count(config.video[0], config.fps) if config.video else 1
-    return frames - (frames - 1) % 4
+def _prompts(config: Config) -> list[str]:
+    if config.task != "t2v" or config.prompt is not None or config.overwrite or config.plot:
+        raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected "
+                         "none of them; to make clips anew, choose another --out")  # fmt: skip
+    return dataset.read_prompts(config.prompts)
 
 
 def retaken(config: Config) -> tuple[int, tuple[int, int]]:
@@ -199,6 +206,16 @@ class Around(NamedTuple):
     def sound(self, fps: float) -> media.Sound:
         clip, first, _ = media.stretch_of(self.clip)
         return media.Sound(clip, first / fps, self.frames / fps, max(0, -self.start) / fps)
+
+
+def given_frames(plan: NamedTuple, F: int, backwards: bool, may_change: bool) -> list[bool]:
+    """For each pixel frame of a video of F latents whether it was given, by the plan of its first window.
+
+    backwards: the window is the video's end. may_change: no frame counts whose latent has noise.
+    """
+    N, before = cli.pixel_frames(F), (F - len(plan.m)) * backwards
+    given = {i for slot in plan.given for i in slot.positions if not may_change or plan.m[i] == 0}
+    return [cli.latent_index(n, N) - before in given for n in range(N)]
 
 
 def around(config: Config, plan: NamedTuple, F: int) -> Around | None:
@@ -315,11 +332,10 @@ class ClipFolder:
     """
 
     def __init__(self, config: Config):
-        self.config, self.folder = config, Path(config.out or "")
+        self.config, self.prompts, self.folder = config, _prompts(config), Path(config.out or "")
         if not config.out or self.folder.is_file() or self.folder.suffix in (".mp4", ".gif"):
             expected = "expected a folder for the clips, such as data/mine"
             raise ValueError(f"got {config.out} as --out of --prompts, {expected}")
-        self.prompts = dataset.read_prompts(config.prompts)
         self._check()
         self.missing = dataset.missing_clips(self.folder, self.prompts)
 

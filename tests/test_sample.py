@@ -463,7 +463,7 @@ def test_a_long_prepend_keeps_the_clip_at_the_end(frames, model, clips, windows)
         # The first latent of a window is a lone frame: only the four after it may stand in the middle of a video.
         assert torch.equal(end[:, :, -4:], later[:, :, 1:5]) and torch.equal(end[:, :, -4:], start[:, :, -4:])
     assert torch.equal(latents[:, :, :1], windows[-1][1][:, :, :1]), "the video begins with a lone frame"
-    assert sample.given_frames(job) == [False] * (frames - 16) + [True] * 16
+    assert job.given == [False] * (frames - 16) + [True] * 16
 
 
 def test_a_window_goes_on_from_as_much_as_the_first_was_given(model, clips):
@@ -477,7 +477,7 @@ def test_a_window_goes_on_from_as_much_as_the_first_was_given(model, clips):
 def test_given_frames_of_the_tasks(model):
     def given(task, **changes):
         _, job = _laid_out(task=task, model=str(model), **changes)
-        return [n for n, mark in enumerate(sample.given_frames(job)) if mark]
+        return [n for n, mark in enumerate(job.given) if mark]
 
     assert given("t2v") == []
     assert given("i2v") == [0]

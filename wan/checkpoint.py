@@ -237,12 +237,19 @@ class Opened:
                 raise ValueError(f"{path} has {name} {value}, expected {least:g} to {greatest:g}; mend or remove it")
         return replace(preset, **{**entries, "size": tuple(entries.get("size", preset.size))})
 
-    def settings(self, preset: str | None, task: str) -> dict[str, Any]:
-        """The settings of sampling that are left to the model, by name. preset: one of `PRESETS` to put in their place;
-        it changes steps, shift and guidance alone. `noise` is None where it is the task's own."""
+    def settings(self, preset: str | None, task: str, guidance: float | None = None) -> dict[str, Any]:
+        """The settings of sampling that are left to the model, by name.
+
+        preset: one of `PRESETS`, which changes steps, shift and guidance alone. guidance: the user's, which is then for
+        both of two experts. `noise` is None where it is the task's own.
+        """
         noise = None if self.preset.noise is None else f"{self.preset.noise:g}"
         values = asdict(self.preset) | {"noise": noise or NOISE.get(self.published, {}).get(task)}
-        return values | ({"guidance_2": None, **PRESETS[preset][self.published]} if preset else {})
+        values |= {"guidance_2": None, **PRESETS[preset][self.published]} if preset else {}
+        if not self.two_experts:
+            return values | {"boundary": None, "guidance_2": None}
+        own = guidance is None and values["guidance_2"] is not None
+        return values | ({} if own else {"guidance_2": values["guidance"] if guidance is None else guidance})
 
     @cached_property
     def published(self) -> str:
