@@ -35,6 +35,7 @@ from wan import checkpoint
 TURN = 8  # how many clips one of two experts works on before the other is loaded
 _ABOVE_0 = (1e-9, 1e9, "a number above 0, such as 16")
 _GUIDANCE = (0, 1e9, "0 or more; 1 is without guidance")
+_END_LATENTS = ("group", "lone")
 _SIGMA = (0, 1, "a noise level in [0, 1], such as 0.875")
 
 
@@ -56,9 +57,7 @@ class SampleConfig:
     between: str | None = cli.option(None, "retake: the stretch to make again, in seconds of the clip, as in 3,6")
     noise: str | None = cli.option(None, "noise multiplier of the conditions in [0, 1], one or one each, as in 0,0.2")
     strength: float = cli.option(0.7, "restyle, retake: how much of the schedule the clip goes through, in [0, 1]")
-    end_latent: str = cli.option(
-        "group", "how an image further on is encoded: as a group of 4 still frames, or alone", choices=("group", "lone")
-    )
+    end_latent: str = cli.option("group", "encode an image further on as 4 still ones or alone", choices=_END_LATENTS)
     only_new: bool = cli.option(False, "extend, prepend, retake: write what was made without the whole clip around it")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's)")
     seconds: float | None = cli.option(None, "length in seconds, instead of --frames", _ABOVE_0)
@@ -100,8 +99,7 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     task, as_long_as_the_clip = tasks.TASKS[config.task], config.frames is None and config.seconds is None
     values = opened.settings(config.preset, config.task, config.guidance)
     size, values["noise"] = values.pop("size"), values["noise"] if task.noise else None
-    if config.negative_prompt is not None:
-        config = replace(config, negative_prompt=records.from_file(config.negative_prompt))
+    config = replace(config, negative_prompt=records.from_file(config.negative_prompt))
     loras, own, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
     if loras is None:  # the model folder's LoRA is for finished videos, not for clips to train on
         bare = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not own.exists()

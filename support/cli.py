@@ -7,7 +7,6 @@ given, what was expected and what to do; `run` prints it as one sentence and exi
 
 import argparse
 import dataclasses
-import errno
 import inspect
 import json
 import os
@@ -148,7 +147,7 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Python, safetensors, torch and PyAV have each their own, and their own words
-        if re.search("No space left|quota exceeded|inline_container|PyAV callback", str(error)):
+        if re.search("No space left|File too large|quota exceeded|inline_container|PyAV callback", str(error)):
             advice = "make room, and run the same command again, a training with --resume"
             raise OSError(f"cannot write {path}, as the disk is full; {advice}") from error
         raise

@@ -6,7 +6,6 @@ It leaves a video, a filmstrip, and a JSON file with every setting, which repeat
 import dataclasses
 import json
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, groupby
@@ -84,9 +83,9 @@ def caption(clip: str) -> str:
     return " ".join(dataset.read_text(path).split()) if path.exists() else ""
 
 
-def from_file(text: str) -> str:
+def from_file(text: str | None) -> str | None:
     """The text itself, or what stands in the file of `@FILE`."""
-    return " ".join(dataset.read_prompts(text[1:])) if text.startswith("@") else text
+    return " ".join(dataset.read_prompts(text[1:])) if text and text.startswith("@") else text
 
 
 def with_inputs(config: Config, needed: NamedTuple, size: tuple[int, int], as_long_as_the_clip: bool) -> Config:
@@ -270,12 +269,7 @@ def _files(video: Path, config: Config) -> dict[str, Path]:
 
 def _claim(path: Path, config: Config) -> bool | None:
     """Make the record of a run: True if it is new, False if it replaces one, None if another run was faster."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):  # what cannot be written is better known before all the work
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {path.parent} ({error.strerror}); choose another --out") from None
+    cli.try_writing(path.parent, "--out")  # what cannot be written is better known before all the work
     try:
         path.touch(exist_ok=False)
         return True

@@ -263,7 +263,7 @@ def test_a_second_run_to_one_file_is_told(run, made, monkeypatch, tmp_path):
 def test_what_cannot_be_written_is_told_before_all_the_work(run, monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "generate", None)
     (tmp_path / "out").write_text("a file")
-    mistake(run("--task", "t2v"), str(tmp_path / "out"), "cannot write", "another --out")
+    mistake(run("--task", "t2v"), str(tmp_path / "out"), "cannot write", "--out")
     (tmp_path / "out").unlink()
     (tmp_path / "out" / "a.mp4").mkdir(parents=True)
     mistake(run("--task", "t2v"), "a.mp4", "another --out")
@@ -1577,7 +1577,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(run, made, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     for result, name in zip(results, ("a.mp4", "b.mp4", "c.gif"), strict=True):
-        mistake(result, f"no room for {tmp_path / 'out' / name}", "make room")
+        mistake(result, f"cannot write {tmp_path / 'out' / name}, as the disk is full", "make room")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
