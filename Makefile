@@ -4,7 +4,7 @@ BIN = .venv/bin
 
 .PHONY: demo test test-slow tiny evaluate paper gallery clean
 
-TASKS = t2v i2v start-end extend prepend complete transition keyframes loop restyle stream
+TASKS = t2v i2v start-end extend prepend complete transition keyframes loop restyle retake stream
 
 demo: .venv/demo
 	$(BIN)/python sample.py --task extend

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.lora_files import LoRA, Pair, load, main, parse_entry, save  # noqa: F401  re-exported
+from wan.lora_files import LoRA, Pair, load, main, parse_entry, save, with_strengths  # noqa: F401  re-exported
 
 TARGETS = (*(f"{name}_attn.{layer}" for name in ("self", "cross") for layer in "qkvo"), "ffn.0", "ffn.2")
 

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,17 +29,13 @@ import flow
 import lora
 import tasks
 from model import Wan
-from support import cli, cost, dataset, media, offload, plots, records
+from support import cli, cost, offload, records
 from wan import checkpoint
 
-EXAMPLES = Path("clips")
-# What `--preset` puts in place of the model's own settings: LoRAs that distil many steps into few ask for these.
-DISTILLED = {"lightx2v": {"steps": 4, "shift": 5.0, "guidance": 1.0, "guidance_2": None, "strength": 1.0}}
 TURN = 8  # how many clips one of two experts works on before the other is loaded
-# What may change when --prompts goes on: where and how clips are computed. The prompts are compared with the captions.
-_MAY_CHANGE = {"out", "prompts", "device", "dtype", "offload", "compile", "preset", "no_lora"}
 _ABOVE_0 = (1e-9, 1e9, "a number above 0, such as 16")
 _GUIDANCE = (0, 1e9, "0 or more; 1 is without guidance")
+_END_LATENTS = ("group", "lone")
 _SIGMA = (0, 1, "a noise level in [0, 1], such as 0.875")
 
 
@@ -54,17 +50,22 @@ class SampleConfig:
     no_lora: bool = cli.option(False, "run the base model alone")
     prompt: str | None = cli.option(None, "what the video shows (default: the caption beside the clip)")
     prompts: str | None = cli.option(None, "t2v: file with a prompt a line; the folder --out gets a clip of each")
-    negative_prompt: str | None = cli.option(None, "what guidance leads away from (default: the model's)")
+    negative_prompt: str | None = cli.option(None, "what guidance leads away from, or @FILE (default: the model's)")
     image: tuple[str, ...] | None = cli.option(None, "image files; FILE@N is frame N of a video", nargs="+")
-    video: tuple[str, ...] | None = cli.option(None, "video files", nargs="+")
-    at: str | None = cli.option(None, "keyframes: latent frame of each image, as in 0,4,8")
+    video: tuple[str, ...] | None = cli.option(None, "video files; FILE@A-B is frames A to B, at --fps", nargs="+")
+    at: str | None = cli.option(None, "keyframes: first latent frame of each image, then of each clip, as in 0,4,8")
+    between: str | None = cli.option(None, "retake: the stretch to make again, in seconds of the clip, as in 3,6")
     noise: str | None = cli.option(None, "noise multiplier of the conditions in [0, 1], one or one each, as in 0,0.2")
-    strength: float = cli.option(0.7, "restyle: how much of the schedule the clip goes through, in [0, 1]")
+    strength: float = cli.option(0.7, "restyle, retake: how much of the schedule the clip goes through, in [0, 1]")
+    end_latent: str = cli.option("group", "encode an image further on as 4 still ones or alone", choices=_END_LATENTS)
+    only_new: bool = cli.option(False, "extend, prepend, retake: write what was made without the whole clip around it")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's)")
     seconds: float | None = cli.option(None, "length in seconds, instead of --frames", _ABOVE_0)
-    size: str | None = cli.option(None, "pixels as WxH (default: the model's)")
+    size: str | None = cli.option(None, "pixels as WxH (default: as many as the model's, in the first input's shape)")
     fps: float | None = cli.option(None, "frames a second, read and written (default: the model's)", _ABOVE_0)
-    preset: str | None = cli.option(None, "other defaults, for a LoRA that needs few steps", choices=tuple(DISTILLED))
+    preset: str | None = cli.option(
+        None, "steps, shift and guidance: Wan's own, or for a LoRA of few steps", choices=tuple(checkpoint.PRESETS)
+    )
     steps: int | None = cli.option(None, "sampling steps K (default: the model's)", (1, 1e9, "at least 1"))
     guidance: float | None = cli.option(None, "guidance; 1 runs the model once a step (default: its own)", _GUIDANCE)
     history_guidance: float | None = cli.option(None, "guidance away from the video without its conditions; 1 is off "
@@ -81,42 +82,32 @@ class SampleConfig:
     overwrite: bool = cli.option(False, "replace files that exist")
     dry_run: bool = cli.option(False, "print the tau table, the memory and the time it would take, and stop")
     plot: bool = cli.option(False, "also draw the tau table and a filmstrip of the denoising")
-    from_json: str | None = cli.option(None, "repeat the run of this file; only --out, --overwrite and --dry-run count")
+    from_json: str | None = cli.option(None, "repeat the run of this file, except for what other flags say")
 
 
 def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
     """Open the model of a run and settle every setting: the config returned repeats the video from the same files."""
-    if config.from_json:
-        config = records.repeated(config, "out", "overwrite", "dry_run")
     opened = checkpoint.open(config.model, Wan, config.dry_run)
     return resolve(config, opened), opened
 
 
 def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     """Fill in what is left to the model, the clip or the machine. ValueError for settings that exclude each other."""
-    alone = config.task == "t2v" and config.prompt is None and not config.overwrite and not config.plot
-    if config.prompts is not None and not alone:
-        raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected "
-                         "none of them; to make clips anew, choose another --out")  # fmt: skip
     for one, other in (("seconds", "frames"), ("lora", "no_lora")):
         if getattr(config, one) and getattr(config, other) not in (None, False):
             raise ValueError(f"got --{one} and --{other.replace('_', '-')}, expected one of the two")
-    preset = replace(opened.preset, **DISTILLED.get(config.preset, {}))
-    values = asdict(preset) | {"size": "{}x{}".format(*preset.size), "noise": None}
-    if preset.noise is not None and tasks.TASKS[config.task].noise:
-        values["noise"] = f"{preset.noise:g}"
-    if not opened.two_experts:
-        values |= {"boundary": None, "guidance_2": None}
-    elif config.guidance is not None or preset.guidance_2 is None:  # --guidance alone is for both
-        values["guidance_2"] = preset.guidance if config.guidance is None else config.guidance
-    loras, beside, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
+    task, as_long_as_the_clip = tasks.TASKS[config.task], config.frames is None and config.seconds is None
+    values = opened.settings(config.preset, config.task, config.guidance)
+    size, values["noise"] = values.pop("size"), values["noise"] if task.noise else None
+    config = replace(config, negative_prompt=records.from_file(config.negative_prompt))
+    loras, own, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
     if loras is None:  # the model folder's LoRA is for finished videos, not for clips to train on
-        bare = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not beside.exists()
-        loras = () if bare else (beside.as_posix(),)
+        bare = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not own.exists()
+        loras = () if bare else (own.as_posix(),)
     config = replace(
         config,
         **{name: value for name, value in values.items() if getattr(config, name) is None},
-        lora=tuple(f"{name}:{preset.strength:g}" if lora.parse_entry(name)[2] is None else name for name in loras),
+        lora=lora.with_strengths(loras, own, opened.preset.strength),
         device=device,
         dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
     )
@@ -127,23 +118,7 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     cli.check(config)  # a model's preset may be out of range, too
     if config.seconds is not None:
         config = replace(config, frames=4 * round(config.seconds * config.fps / 4) + 1, seconds=None)
-    return _with_inputs(config)
-
-
-def _with_inputs(config: SampleConfig) -> SampleConfig:
-    """Fill in images, videos, positions and prompt; where none are given, from the clips that come with the project."""
-    needed, image, video, at = tasks.TASKS[config.task], config.image or (), config.video or (), config.at
-    one, other = (str(EXAMPLES / name) for name in ("00000.mp4", "00001.mp4"))
-    source = video[0] if video else one if config.task in ("t2v", "stream") else None
-    if not image and not video and (needed.images != 0 or needed.videos):
-        F, images = tasks.latent_frames(config.frames), [f"{one}@{n}" for n in (0, 16, 32)]
-        image = {0: [], 1: images[:1], 2: images[::2], None: images}[needed.images]
-        video, source = (one, other)[: needed.videos], one
-        at = f"0,{F // 2},{F - 1}" if config.task == "keyframes" and at is None else at
-    prompt, caption = config.prompt, Path(source).with_suffix(".txt") if source else None
-    if prompt is None and config.prompts is None:
-        prompt = " ".join(dataset.read_text(caption).split()) if caption and caption.exists() else ""
-    return replace(config, image=tuple(image), video=tuple(video), at=at, prompt=prompt)
+    return records.with_inputs(config, task, size, as_long_as_the_clip)
 
 
 @dataclass
@@ -155,6 +130,8 @@ class Job:
     F: int  # latent frames of the finished video
     carried: int  # latents that a window takes over from the one before
     backwards: bool  # windows go towards the past
+    given: list[bool]  # of each of its pixel frames
+    around: records.Around | None  # the clip to show it in
 
 
 def lay_out(config: SampleConfig, longest: int) -> Job:
@@ -164,10 +141,15 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
         window = min(F, tasks.latent_frames(longest))
     # Each of two experts knows one range of noise levels, so frames cannot lag behind each other across the boundary.
     stagger = 0.5 if config.boundary is None else 0.0
+    stretch = records.retaken(config)[1] if config.task == "retake" else None
+    lengths = records.lengths(config) if config.task == "keyframes" else ()
     first = tasks.plan(
-        config.task, window, len(config.image), len(config.video), _numbers("at", config.at, int) or (),
-        _numbers("noise", config.noise, float), config.strength, stagger,
+        config.task, window, len(config.image), len(config.video), cli.parse_numbers("at", config.at, int) or (),
+        cli.parse_numbers("noise", config.noise, float), config.strength, stagger, lengths, stretch,
     )  # fmt: skip
+    if config.end_latent == "lone":  # as the official code has it
+        alone = [slot._replace(frames=1, drop=0) if slot.source == "image" else slot for slot in first.given]
+        first = first._replace(given=alone)
     # A window goes on from as many latents as the first one has conditions, as noisy as those; `stream` may have none.
     filled = [position for slot in first.given for position in slot.positions]
     carried, noise = (len(filled), first.m[filled].tolist()) if filled else (4, [0.0])
@@ -181,27 +163,13 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
     # A frame takes 1 - d_max of the run, so delays add steps. 1e-6: floating-point error must not add one more.
     steps = [math.ceil(config.steps / (1 - plan.d.max().item()) - 1e-6) for plan in plans]
     taus = [tasks.tau_schedule(plan.m, K, config.shift, plan.d) for plan, K in zip(plans, steps, strict=True)]
-    return Job(plans, taus, F, carried, backwards)
-
-
-def _numbers(flag: str, text: str | None, kind: type) -> list | None:
-    try:
-        return None if text is None else [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"got --{flag} {text}, expected numbers with commas, as in 0,4,8") from None
+    given = records.given_frames(first, F, backwards, may_change=not tasks.TASKS[config.task].noise)
+    return Job(plans, taus, F, carried, backwards, given, records.around(config, first, F))
 
 
 def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
     """The pixels (1, 3, n, 8H, 8W) in [-1, 1] of each slot of the plan; no more of a video is read."""
-    size, inputs = cli.parse_size(config.size), []
-    for slot in plan.given:
-        if slot.source == "image":
-            pixels = media.read_image(config.image[slot.index], size)[:, None]
-        else:
-            end = {"first" if slot.source == "head" else "last": slot.frames}
-            pixels = media.read_video(config.video[slot.index], size, config.fps, **end)
-        inputs.append(tasks.cut(slot, pixels[None]))
-    return inputs
+    return [tasks.cut(slot, records.pixels(config, slot)[None]) for slot in plan.given]
 
 
 def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
@@ -221,6 +189,8 @@ class Experts:
     def __init__(self, config: SampleConfig, opened: checkpoint.Opened, prompts: Sequence[str]):
         self.config, self.opened, self.prompts, self.dtype = config, opened, prompts, getattr(torch, config.dtype)
         opened.fetch()
+        if unknown := opened.tokenizer().unknown(prompts):
+            print(f"{', '.join(unknown)} {'are' if len(unknown) > 1 else 'is'} unknown to this model", file=sys.stderr)
         self.vae, self.home = opened.vae(device=config.device), "cpu" if config.offload else config.device
         folder = os.environ.get("NANOPUSA_CACHE") or Path.home() / ".cache" / "nanopusa"
         self.context = opened.encode_prompts([*prompts, config.negative_prompt], self.dtype, self.home, folder)
@@ -377,36 +347,32 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     config, opened = prepare(config)
     job = lay_out(config, opened.preset.frames)
     if config.dry_run:
-        print("\n\n".join(plots.table(taus) for taus in job.taus) + "\n\n" + estimate(config, opened, job))
+        print(records.told(config, job.taus), estimate(config, opened, job), sep="\n\n")
         return {}
-    for _, path, _ in map(lora.parse_entry, config.lora):
-        if not Path(path).is_file():
-            raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
     return _sample_one(config, opened, job) if config.prompts is None else _sample_each(config, opened, job)
 
 
 def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
     started, steps = time.monotonic(), len(job.taus[0]) - 1
-    files = records.outputs(config.out, config.task, config.plot, config.overwrite)
-    inputs, experts = read_inputs(config, job.plans[0]), Experts(config, opened, [config.prompt])
-    progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
-    drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see
-    states: dict[int, Tensor] = {}
+    with records.claimed(config) as files:
+        inputs, experts = read_inputs(config, job.plans[0]), Experts(config, opened, [config.prompt])
+        print(records.told(config), file=sys.stderr)
+        progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
+        drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see
+        states: dict[int, Tensor] = {}
 
-    def on_step(k: int, z: Tensor) -> None:
-        progress.step()
-        if config.plot and progress.done in drawn:  # of the first window
-            states[progress.done] = z
+        def on_step(k: int, z: Tensor) -> None:
+            progress.step()
+            if config.plot and progress.done in drawn:  # of the first window
+                states[progress.done] = z
 
-    (latents,) = generate(experts, job, inputs, [config.seed], on_step)
-    experts.clear()
-    files = records.write_run(config, files, decode(experts.vae, latents), given_frames(job))
-    if config.plot:
-        marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
-        with cli.replacing(files["tau"]) as path:
-            plots.tau_table(path, job.taus[0], marks, config.task)
-        rows = [(f"after step {k}", decode(experts.vae, z)) for k, z in states.items()]
-        media.save_image(files["denoising"], media.filmstrip(rows, height=48))
+        (latents,) = generate(experts, job, inputs, [config.seed], on_step)
+        experts.clear()
+        records.write_run(config, files, decode(experts.vae, latents), job.given, job.around)
+        if config.plot:
+            marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
+            videos = [(f"after step {k}", decode(experts.vae, z)) for k, z in states.items()]
+            records.plot(files, job.taus[0], marks, config.task, videos)
     print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
     print(*files.values(), sep="\n")
     return files
@@ -414,51 +380,38 @@ def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> di
 
 def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
     """Make the clips of `--prompts` that the folder `--out` lacks."""
-    prompts, out = dataset.read_prompts(config.prompts), records.clip_folder(config, _MAY_CHANGE)
-    missing = dataset.missing_clips(out, prompts)
-    done, steps = len(prompts) - len(missing), len(job.taus[0]) - 1
-    progress = cli.Progress(len(prompts) * steps, "denoising", done * steps)
+    clips, steps = records.ClipFolder(config), len(job.taus[0]) - 1
+    total, missing = len(clips.prompts), clips.missing
+    progress = cli.Progress(total * steps, "denoising", (total - len(missing)) * steps)
     if missing:
-        experts = Experts(config, opened, [prompts[n] for n in missing])
+        experts = Experts(config, opened, [clips.prompts[n] for n in missing])
         seeds = [config.seed * 1_000_003 + n for n in missing]  # as --seed, with --prompt, each makes its clip alone
         made = generate(experts, job, (), seeds, lambda k, z: progress.step())
-        try:
-            for n, latents in zip(missing, made, strict=True):
-                records.write(out / "settings.json", config)  # only now: a run that fails earlier must leave nothing
-                dataset.write_clip(out, n, decode(experts.vae, latents), config.fps, prompts[n])
-                done += 1
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped at {done} of {len(prompts)} clips; the same command goes on") from None
-    print(out)
-    return {"clips": out}
-
-
-def given_frames(job: Job) -> list[bool]:
-    """For each pixel frame of the finished video, whether it was given."""
-    before, N = (job.F - len(job.plans[0].m)) * job.backwards, tasks.pixel_frames(job.F)
-    given = {before + position for slot in job.plans[0].given for position in slot.positions}
-    return [tasks.latent_index(n, N) in given for n in range(N)]
+        clips.write(decode(experts.vae, latents) for latents in made)
+    print(clips.folder)
+    return {"clips": clips.folder}
 
 
 def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
-    """The memory and time that a run would take, in words. ValueError for a LoRA that is not there or does not fit."""
-    width, height = cli.parse_size(config.size)
+    """The memory and time that a run would take, in words. ValueError for a LoRA that does not fit."""
     walks = [leg for taus in job.taus for leg in legs(config, taus)]
     history = config.history_guidance if job.plans[0].given else 1
     passes = sum((len(part) - 1) * passes_a_step(guidance, history) for _, guidance, part in walks)
-    passes *= len(dataset.read_prompts(config.prompts)) if config.prompts else 1
+    passes *= records.clips_asked(config)
     parts = opened.outline()
     for _, path, _ in map(lora.parse_entry, config.lora):
         lora.load(path).check(parts[0])
-    decoding = parts[1].decoding_bytes(job.F, height, width) + 3 * 4 * tasks.pixel_frames(job.F) * width * height
     return cost.sampling(
-        parts, (len(job.plans[0].m), height // 8, width // 8), passes, decoding,
+        parts, cli.parse_size(config.size), len(job.plans[0].m), job.F, passes,
         getattr(torch, config.dtype), config.device, stays=config.prompts is not None or len(job.plans) > 1,
     )  # fmt: skip
 
 
 def main() -> None:
-    sample(cli.parse(SampleConfig, __doc__))
+    config = cli.parse(SampleConfig, __doc__)
+    if config.from_json:
+        config = records.repeated(config.from_json, cli.given(SampleConfig), SampleConfig)
+    sample(config)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flow import shifted
 from support import plots
-from support.cli import expect, latent_frames, option, parse, pixel_frames, replacing, run
+from support.cli import expect, latent_frames, latent_index, option, parse, pixel_frames, replacing, run
 
 
 class Task(NamedTuple):
@@ -28,7 +28,7 @@ class Task(NamedTuple):
     latents: tuple[int, int] = (0, 0)  # latent frames at start and end; more or fewer noise values split in this ratio
     noise: tuple[float, ...] = ()  # m of the conditions, one for all or one each; the defaults are right for Wan
     images: int | None = 0  # how many are needed; None: any number
-    videos: int = 0
+    videos: int | None = 0
 
 
 TASKS = {
@@ -39,9 +39,10 @@ TASKS = {
     "prepend": Task("a clip; what came before it", None, ("head", 0), (0, 4), (0.5, 0.4, 0.3, 0.0), videos=1),
     "complete": Task("the head and the tail of a clip", ("head", 0), ("tail", 0), (2, 2), (0.3,), videos=1),
     "transition": Task("two clips, one to become the other", ("tail", 0), ("head", 1), (2, 2), (0.3,), videos=2),
-    "keyframes": Task("images, each at a latent frame of its own", noise=(0.2,), images=None),
+    "keyframes": Task("images and clips, each from a latent frame on", noise=(0.2,), images=None, videos=None),
     "loop": Task("one image for both ends", ("image", 0), ("image", 0), (1, 1), (0.2, 0.4), images=1),
     "restyle": Task("a clip, noised to a strength and denoised again", ("head", 0), None, (1, 0), videos=1),
+    "retake": Task("a clip, of which a stretch is made again", ("head", 0), None, (1, 0), videos=1),
     "stream": Task("a prompt, or a clip to go on from", ("tail", 0), None, (4, 0), (0.0,)),  # the clip is optional
 }
 
@@ -63,15 +64,15 @@ class Plan(NamedTuple):
 
 
 def plan(
-    name: str,
-    F: int,
-    images: int | None = None,  # how many there are; None: as many as the task needs
-    videos: int | None = None,  # `stream` may go on from one
-    at: Sequence[int] = (),  # `keyframes`: the latent frame of each image
+    name: str, F: int,
+    images: int | None = None, videos: int | None = None,  # how many there are; None: as many as the task needs
+    at: Sequence[int] = (),  # `keyframes`: the first latent frame of each image, then of each clip
     noise: Sequence[float] | None = None,  # m of the conditions: one for all or one each; clips fill as many latents
-    strength: float = 0.7,  # `restyle`: m of every frame
+    strength: float = 0.7,  # `restyle`: m of every frame; `retake`: of those in the stretch
     stagger: float = 0.5,  # `stream`: how far the last frame lags behind the first, 0 (all at once) to 1 (one by one)
-) -> Plan:
+    lengths: Sequence[int] = (),  # `keyframes`: pixel frames of each clip
+    stretch: tuple[int, int] | None = None,  # `retake`: its first pixel frame and its end
+) -> Plan:  # fmt: skip
     """A task laid out on F latent frames. ValueError for what the user cannot ask of it."""
     expect(name in TASKS, f"task {name!r}", f"one of {', '.join(TASKS)}")
     task = TASKS[name]
@@ -80,14 +81,14 @@ def plan(
         expect(right, f"{number} {what} for {name}", f"{needed}: it is given {task.given}")
     for what, values, wanted in (("positions", at, task.images is None), ("noise", noise, task.noise)):
         expect(wanted or not values, f"{what} for {name}", f"none: {name} has nothing to put them on")
-    right = task.images is not None or (at and images in (None, len(at)))
-    expect(right, f"{len(at)} positions", "one for each image, as in --at 0,4,8 for three images")
-    expect(0 <= stagger <= 1, f"stagger {stagger}", "a number in [0, 1]: 0 is all at once, 1 is one by one")
-
-    noise = (strength,) * F if name == "restyle" else task.noise if noise is None else noise
+    right = task.images is not None or (at and (images is None or len(at) == images + len(lengths)))
+    expect(right, f"{len(at)} positions", "one for each image and clip, as in --at 0,4,8 for three")
+    again = {latent_index(n, pixel_frames(F)) for n in range(*(stretch or (0, pixel_frames(F))))}
+    usual = [strength * (i in again) for i in range(F)] if task.videos and not task.noise else task.noise
+    noise = usual if noise is None else noise
     clips = videos or task.videos
     count = len(noise) if clips and len(noise) > 1 else sum(task.latents) if clips or task.images else 0
-    slots = place(name, F, count, at)
+    slots = place(name, F, count, at, lengths)
     filled = [position for slot in slots for position in slot.positions]
     m, d = torch.ones(F), torch.zeros(F)
     expect(len(noise) in (1, len(filled)), f"{len(noise)} noise values for {len(filled)} condition latents", "1 or all")
@@ -97,37 +98,36 @@ def plan(
     return Plan(m, d, slots)
 
 
-def place(name: str, F: int, count: int, at: Sequence[int] = ()) -> list[Slot]:
-    """Where conditions go on F latent frames: images `at` their positions, or `count` latents at the two ends."""
+def place(name: str, F: int, count: int, at: Sequence[int] = (), lengths: Sequence[int] = ()) -> list[Slot]:
+    """Where conditions go on F latent frames: images and clips `at` their positions, or `count` latents at the ends."""
     task = TASKS[name]
     start = count * task.latents[0] // max(1, sum(task.latents))
-    runs = [(("image", i), range(position, position + 1)) for i, position in enumerate(at)]
-    runs += [(task.start, range(start)), (task.end, range(F - count + start, F))]
+    inputs = [("image", i, 1) for i in range(len(at) - len(lengths))] + [("head", i, n) for i, n in enumerate(lengths)]
+    runs = [(x[:2], range(p, p + max(1, latent_frames(x[2]) - (p > 0)))) for x, p in zip(inputs, at, strict=True)]
+    runs = runs or [(task.start, range(start)), (task.end, range(F - count + start, F))]
     filled = [position for _, positions in runs for position in positions]
     more = f"more than its {len(filled)} conditions fill: ask for at least --frames {pixel_frames(len(filled) + 1)}"
-    expect(len(filled) < F or name == "restyle", f"{F} latent frames for {name}", more)
-    for position in filled:
-        expect(0 <= position < F, f"position {position}", f"0 to {F - 1}: pixel frame n is in latent (n + 3) // 4")
-    expect(len(set(filled)) == len(filled), f"positions {filled}", "each only once: leave out what is there twice")
+    expect(len(filled) < F or not task.noise, f"{F} latent frames for {name}", more)
+    once = f"each only once, and 0 to {F - 1}: pixel frame n is in latent (n + 3) // 4"
+    expect(len({*filled} & {*range(F)}) == len(filled), f"positions {filled}", once)
     return [Slot(*which, tuple(p), pixel_frames(len(p) + (p[0] > 0)), int(p[0] > 0)) for which, p in runs if p]
 
 
 def tau_schedule(m: Tensor | Sequence, K: int, shift: float, d: Tensor | Sequence | None = None) -> Tensor:
     """The noise level of every frame before each of K steps, and after the last: → τ (K+1,F), fp32.
 
-    m and d (F,) are those of a `Plan`, shift the σ schedule's. Frame i waits at m_i for d_i of the run, then takes
-    1 - d_max of it, so the last one to begin ends with the run. Without delays τ is σ[:, None] · m.
+    m and d (F,) are a `Plan`'s, shift the σ schedule's. Frame i waits at m_i for d_i of the run, then takes 1 - d_max
+    of it, so the last one to begin ends with the run. Without delays τ is σ[:, None] · m.
     """
     m = torch.as_tensor(m, dtype=torch.float64)
     d = torch.zeros_like(m) if d is None else torch.as_tensor(d, dtype=torch.float64)
-    right = m.dim() == 1 and len(m) > 0 and d.shape == m.shape
+    right = m.dim() == 1 and m.shape == d.shape != (0,)
     expect(right, f"m {tuple(m.shape)} and d {tuple(d.shape)}", "one of each for a latent frame")
     expect(K >= 1, f"{K} steps", "at least 1: 10 are enough for most videos")
     for i, (noise, delay) in enumerate(zip(m.tolist(), d.tolist(), strict=True)):
         expect(0 <= noise <= 1, f"noise {noise:g} for latent frame {i}", "a number in [0, 1]: 0 is clean, 1 is free")
         expect(0 <= delay < 1, f"delay {delay:g} for latent frame {i}", "a number in [0, 1), a share of the run")
-    k = torch.arange(K + 1, dtype=torch.float64)[:, None]
-    u = (1 - (k / K - d) / (1 - d.max())).clamp(0, 1)
+    u = (1 - (torch.arange(K + 1, dtype=m.dtype)[:, None] / K - d) / (1 - d.max())).clamp(0, 1)
     u[u < 1e-6] = 0  # a frame that ends on a step ends at exactly 0, whatever the rounding
     return (m * shifted(u, shift)).float()
 
@@ -135,21 +135,15 @@ def tau_schedule(m: Tensor | Sequence, K: int, shift: float, d: Tensor | Sequenc
 def cut(slot: Slot, pixels: Tensor) -> Tensor:
     """The pixel frames to encode for a slot, from its image or video: (B,3,n,8H,8W) → (B,3,slot.frames,8H,8W).
 
-    The first latent of an encoding is one frame alone, each later one a group of 4 that has seen those before it. So k
-    latents at the start of the video take 4(k-1)+1 frames; further on they take 4k+1, of which the first only gives the
-    others their past, and its latent is dropped. For the same reason an image further on is 5 still frames.
+    An encoding's first latent is one frame alone, each later one 4 frames that have seen those before. So k latents at
+    the video's start take 4(k-1)+1 frames; further on 4k+1, of which the first only gives the others their past, and
+    its latent is dropped. For the same reason an image further on is 5 still frames.
     """
     if slot.source == "image":
         return pixels[:, :, :1].expand(-1, -1, slot.frames, -1, -1)
     n = pixels.shape[2]
     expect(n >= slot.frames, f"a clip of {n} frames", f"at least {slot.frames}: give a longer one, or let it fill less")
     return pixels[:, :, : slot.frames] if slot.source == "head" else pixels[:, :, -slot.frames :]
-
-
-def latent_index(position: int, N: int) -> int:
-    """The latent frame that holds pixel frame `position`, 0..N-1: the first is alone, the others go in groups of 4."""
-    expect(0 <= position < N, f"frame {position}", f"a frame of the video, 0 to {N - 1}")
-    return (position + 3) // 4
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,8 @@ def main() -> None:
     config = parse(Config, __doc__)
     F = latent_frames(config.frames)
     for name, task in TASKS.items():
-        m, d, slots = plan(name, F, at=(0, F // 2, F - 1) if name == "keyframes" else ())
+        at, stretch = (0, F // 2, F - 1) if name == "keyframes" else (), (F, 3 * F) if name == "retake" else None
+        m, d, slots = plan(name, F, at=at, stretch=stretch)
         taus = tau_schedule(m, config.steps, config.shift, d)
         marks = [(slot.source, slot.positions) for slot in slots]
         with replacing(f"{config.out}/{name}.png") as path:

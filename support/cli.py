@@ -43,7 +43,16 @@ def option(
 
 def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
     """Build the command line of `config_class` from its fields and read `argv` (default: the process's) into it."""
-    parser = argparse.ArgumentParser(description=doc.strip().splitlines()[0])
+    return check(config_class(**vars(_parser(config_class, doc).parse_intermixed_args(argv))))
+
+
+def given(config_class: type[T], argv: list[str] | None = None) -> dict[str, typing.Any]:
+    """The settings that a command line names, without the defaults of the others."""
+    return vars(_parser(config_class, "", with_defaults=False).parse_intermixed_args(argv))
+
+
+def _parser(config_class: type[T], doc: str, with_defaults: bool = True) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.strip().partition("\n")[0])
     for field in dataclasses.fields(config_class):
         settings = {name: value for name, value in field.metadata.items() if name != "within"}
         if isinstance(field.default, bool):
@@ -54,8 +63,8 @@ def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
         if field.default not in (None, False, ()) and "%(default)s" not in settings["help"]:
             settings["help"] += " (default: %(default)s)"
         name = field.name if settings.pop("positional", False) else "--" + field.name.replace("_", "-")
-        parser.add_argument(name, default=field.default, **settings)
-    return check(config_class(**vars(parser.parse_intermixed_args(argv))))
+        parser.add_argument(name, default=field.default if with_defaults else argparse.SUPPRESS, **settings)
+    return parser
 
 
 def check(config: T) -> T:
@@ -138,7 +147,7 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Python, safetensors, torch and PyAV have each their own, and their own words
-        if re.search("No space left|quota exceeded|inline_container|PyAV callback", str(error)):
+        if re.search("No space left|File too large|quota exceeded|inline_container|PyAV callback", str(error)):
             advice = "make room, and run the same command again, a training with --resume"
             raise OSError(f"cannot write {path}, as the disk is full; {advice}") from error
         raise
@@ -224,6 +233,14 @@ def pick_dtype(name: str, device: str) -> "torch.dtype":
     return torch.bfloat16 if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def parse_numbers(flag: str, text: str | None, kind: type) -> list | None:
+    """The numbers in `0,4,8`; None for None."""
+    try:
+        return None if text is None else [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"got --{flag} {text}, expected numbers with commas, as in 0,4,8") from None
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Width and height in pixels of `832x480`. ValueError unless both are multiples of 16."""
     width, _, height = text.lower().partition("x")
@@ -259,3 +276,9 @@ def duration(seconds: float) -> str:
 def size(bytes: float) -> str:
     """An amount of memory: `21.16 GiB`, and below one GiB `19.53 MiB`."""
     return f"{bytes / 2**30:.2f} GiB" if bytes >= 2**30 else f"{bytes / 2**20:.2f} MiB"
+
+
+def latent_index(position: int, N: int) -> int:
+    """The latent frame that holds pixel frame `position`, 0..N-1: the first is alone, the others go in groups of 4."""
+    expect(0 <= position < N, f"frame {position}", f"a frame of the video, 0 to {N - 1}")
+    return (position + 3) // 4

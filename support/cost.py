@@ -124,14 +124,17 @@ def training(
 
 
 def sampling(
-    parts: tuple[nn.Module, nn.Module, nn.Module], shape: Sequence[int], passes: int, decoding: float,
+    parts: tuple[nn.Module, nn.Module, nn.Module], size: tuple[int, int], window: int, F: int, passes: int,
     dtype: torch.dtype, device: str, stays: bool = False,
 ) -> str:  # fmt: skip
     """Memory and time of a run, in words, from the sizes of the parts and a quarter of a second of matrix products.
 
-    parts: transformer, VAE and text encoder on "meta"; shape (F, H, W) of the latents in each of the `passes`;
-    decoding: bytes that the VAE takes beside its weights; stays: whether the transformer stays in memory meanwhile.
+    parts: transformer, VAE and text encoder on "meta"; size: width and height in pixels; window: latent frames in each
+    of the `passes`, F: in the finished video; stays: whether the transformer stays in memory while the VAE decodes.
     """
+    width, height = size
+    shape = (window, height // 8, width // 8)
+    decoding = parts[1].decoding_bytes(F, height, width) + 3 * 4 * (4 * F - 3) * width * height  # and the video in fp32
     transformer, vae, encoder = map(_count, parts)
     config, blocks, size = parts[0].config, parts[0].blocks, dtype.itemsize
     prompts = 2 * 2 * config.num_layers * config.text_len * config.dim * size  # keys and values, with and without

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from itertools import chain, groupby, islice, pairwise, repeat
 from math import floor
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import imageio.v3 as iio
@@ -35,6 +36,16 @@ GIVEN, GENERATED = (31, 95, 168), (232, 119, 34)  # blue and orange: told apart 
 # swscale's bicubic (4) with full chroma both ways, exact rounding and the same bits on every processor. Its default
 # darkens a video by half a level each time it is written and read again, which shows once a clip is extended often.
 _SWSCALE = 4 | 0x2000 | 0x4000 | 0x40000 | 0x80000
+_HERTZ = 48000  # of sound that is written
+
+
+class Sound(NamedTuple):
+    """The sound of a clip, to be written beside a video that shows the clip after `delay` seconds."""
+
+    clip: str
+    start: float  # seconds of the clip that are left out at its start
+    seconds: float  # of the clip that are shown
+    delay: float = 0.0
 
 
 class _Video(PyAVPlugin):
@@ -59,26 +70,50 @@ class _Video(PyAVPlugin):
         pixels = frame.to_ndarray(format="rgb24", interpolation=_SWSCALE)
         return _from_bytes(pixels, size, frame.rotation)  # phones store sideways pictures, and how to turn them
 
-    def encode(self, video: np.ndarray, fps: Fraction) -> None:
-        """Write (N, H, W, 3) of 0..255 as H.264, H and W even."""
-        self.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")
-        stream, context = self._video_stream, self._video_stream.codec_context
-        stream.height, stream.width = video.shape[1:3]
-        # crf is from 0 (lossless) to 51. Without `cpu-independent` and a fixed number of threads, bytes can differ.
-        context.options, context.thread_count = {"crf": "12", "x264-params": "cpu-independent=1"}, 4
-        # Untagged, players guess the colour matrix from the size. BT.601 is FFmpeg's 6 and swscale's 5, video range 1.
-        context.colorspace, context.color_range = 6, 1
-        exact = {"format": "yuv420p", "dst_colorspace": 5, "dst_color_range": 1, "interpolation": _SWSCALE}
-        for pixels in video:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(**exact)
-            self._container.mux(stream.encode(frame))
-        self._flush_writer()
-
     def close(self) -> None:
         """Close the file, without collecting the garbage of the whole process: beside torch that takes 0.1 s a clip."""
         if self._container is not None:
             self._container.close()
         self.request.finish()
+
+
+def _pieces(file: av.container.InputContainer, sound: Sound) -> Iterator[av.AudioFrame]:
+    """The samples of a sound, 1024 at a time, stereo; what lies in time between or before them is silence."""
+    source, pictures = file.streams.audio[0], file.streams.video
+    began = float((pictures[0].start_time or 0) * pictures[0].time_base) if pictures else 0.0
+    graph = av.filter.Graph()
+    steps = {
+        "aresample": f"{_HERTZ}:async=1:first_pts=0", "aformat": "sample_fmts=fltp:channel_layouts=stereo",
+        "atrim": f"start={began + sound.start:f}:duration={sound.seconds:f}", "asetpts": "PTS-STARTPTS",
+        "adelay": f"{round(1000 * sound.delay)}:all=1", "asetnsamples": "1024:p=0", "abuffersink": None,
+    }  # fmt: skip
+    graph.link_nodes(graph.add_abuffer(template=source), *(graph.add(*step) for step in steps.items())).configure()
+    with suppress(av.InvalidDataError):  # damaged: it ends early
+        for frame in chain(file.decode(source), [None]):
+            with suppress(av.EOFError):  # all that is to be heard has gone in
+                graph.push(frame)
+            with suppress(av.BlockingIOError, av.EOFError):
+                while True:
+                    yield graph.pull()
+
+
+_STRETCH = re.compile(r"(.+)@(\d{1,9})-(\d{1,9})", re.DOTALL)
+
+
+def stretch_of(name: Path | str) -> tuple[str, int, int | None]:
+    """The file, first frame and number of frames that a clip's name says: FILE@A-B is frames A to B, FILE all of it."""
+    match = _STRETCH.fullmatch(str(name))
+    if not match:
+        return str(name), 0, None
+    first, last = int(match[2]), int(match[3])
+    cli.expect(first <= last, f"the frames {first} to {last} of {match[1]}", "the first before the last")
+    return match[1], first, last - first + 1
+
+
+def part(name: str, start: int, frames: int) -> str:
+    """The name of so many frames of a clip, or of a stretch of one."""
+    file, first, _ = stretch_of(name)
+    return f"{file}@{first + start}-{first + start + frames - 1}"
 
 
 def read_video(
@@ -87,19 +122,24 @@ def read_video(
 ) -> Tensor:  # fmt: skip
     """Read a video, an animated GIF or a still image (one frame) → (3, N, H, W) in [-1, 1]. ValueError if it cannot be.
 
+    path    a file, or FILE@A-B for frames A to B of it, counted at `fps`.
     size    (width, height) in pixels, reached by `resize_crop`; None keeps the file's.
     fps     frames per second of the result, above 0: each takes the file's frame that is shown nearest to its time, by
             the file's own timestamps; None keeps the file's frames.
     first   at most that many frames from the start, and reading stops there; None reads to the end.
     last    at most that many frames from the end of what is read. No more are held in memory.
     """
-    return torch.stack(list(_pictures(Path(path), size, fps, first, last)), dim=1)
+    frames = list(pictures(path, size, fps, first, last))
+    if not frames or len({frame.shape for frame in frames}) > 1:
+        got = "has frames of several sizes" if frames else "ends before those frames"
+        raise ValueError(f"{path} {got}, expected frames of one size; give another clip, or another stretch of it")
+    return torch.stack(frames, dim=1)
 
 
 def read_windows(path: Path | str, size: Size, fps: float, frames: int) -> Iterator[Tensor]:
     """Cut a clip into windows (3, N, H, W) of N = `frames`, one in memory at a time; a shorter rest is dropped."""
-    pictures = _pictures(Path(path), size, fps)
-    while len(window := list(islice(pictures, frames))) == frames:
+    every = pictures(path, size, fps)
+    while len(window := list(islice(every, frames))) == frames:
         yield torch.stack(window, dim=1)
 
 
@@ -122,26 +162,45 @@ def _opened(path: Path | str, plugin: type | str) -> Iterator:
     of_video, of_image = ("a video", "a file that FFmpeg reads"), ("an image", "a PNG, JPEG or the like")
     kind, expected = of_image if plugin == "pillow" else of_video
     try:
-        with iio.imopen(Path(path), "r", plugin=plugin) as file:
+        settings = {} if plugin == "pillow" else {"metadata_errors": "ignore"}  # titles need not be UTF-8
+        with iio.imopen(Path(path), "r", plugin=plugin, **settings) as file:
             yield file
-    except (OSError, SyntaxError, av.FFmpegError) as error:
+    except (OSError, UnicodeDecodeError, SyntaxError, av.FFmpegError) as error:
         why = getattr(error, "strerror", None) or "damaged, or without pictures"
         reason = "no such file" if isinstance(error, FileNotFoundError) else why
         raise ValueError(f"{path} cannot be read as {kind} ({reason}): expected {expected}") from error
 
 
-def _pictures(path: Path, size, fps: float | None, first=None, last=None) -> Iterator[Tensor]:
-    """The frames wanted, each (3, H, W), decoded as they are asked for."""
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        yield read_image(path, size)
+def pictures(
+    path: Path | str, size: Size | None = None, fps: float | None = None,
+    first: int | None = None, last: int | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The frames of `read_video`, each (3, H, W), decoded as they are asked for."""
+    file, start, number = stretch_of(path)
+    if Path(file).suffix.lower() in IMAGE_SUFFIXES:
+        yield read_image(file, size)
         return
-    with _opened(path, _Video) as file:
-        frames = (frame for _, _, frame in file.timed()) if fps is None else _pick(file.timed(), Fraction(fps))
-        frames, latest = islice(frames, first), None
-        for frame in frames if last is None else deque(frames, maxlen=last):
+    with _opened(file, _Video) as video:
+        latest = None
+        for frame in _chosen(video, fps, start, number, first, last):
             if frame is not latest:  # a frame that is shown twice is converted once
-                image, latest = file.convert(frame, size), frame
+                image, latest = video.convert(frame, size), frame
             yield image
+
+
+def count(path: Path | str, fps: float) -> int:
+    """How many frames `read_video` would give. All are decoded, as packets may not tell the truth about their times."""
+    file, start, number = stretch_of(path)
+    if Path(file).suffix.lower() in IMAGE_SUFFIXES:
+        return 1
+    with _opened(file, _Video) as video:
+        return sum(1 for _ in _chosen(video, fps, start, number))
+
+
+def _chosen(video: _Video, fps: float | None, start: int, number: int | None, first=None, last=None) -> Iterable:
+    frames = (frame for _, _, frame in video.timed()) if fps is None else _pick(video.timed(), Fraction(fps))
+    frames = islice(islice(frames, start, None if number is None else start + number), first)
+    return frames if last is None else deque(frames, maxlen=last)
 
 
 def _pick(timed: Iterable, fps: Fraction) -> Iterator[av.VideoFrame]:
@@ -202,23 +261,64 @@ def resize_crop(video: Tensor, size: Size) -> Tensor:
     return images[..., top : top + H, left : left + W].transpose(0, 1).clamp(-1, 1)  # bicubic overshoots at edges
 
 
-def write_video(path: Path | str, video: Tensor, fps: float) -> None:
-    """Write video (3, N, H, W) in [-1, 1] as .mp4 (H.264) or a looping .gif, by the suffix; same input, same bytes.
+def write_video(path: Path | str, video: Tensor | Iterable[Tensor], fps: float, sound: Sound | None = None) -> None:
+    """Write a video as .mp4 (H.264) or a looping .gif, by the suffix; same input, same bytes.
 
-    An odd width or height of an .mp4 grows by one repeated pixel, as H.264's 4:2:0 needs even ones.
+    video: (3, N, H, W) in [-1, 1], or its frames (3, H, W), of which an .mp4 has few in memory; a .gif has no sound. An
+    odd width or height of an .mp4 grows by one repeated pixel, as H.264's 4:2:0 needs even ones.
     """
-    write = {".mp4": _write_mp4, ".gif": _write_gif}.get(Path(path).suffix.lower())
-    if write is None:
+    if Path(path).suffix.lower() not in (".mp4", ".gif"):
         raise ValueError(f"cannot write {Path(path).name}: expected a name that ends in .mp4 or .gif")
+    frames = (_to_bytes(frame[:, None])[0] for frame in (video.unbind(1) if isinstance(video, Tensor) else video))
     with cli.replacing(path) as temporary:
-        write(temporary, _to_bytes(video), Fraction(fps).limit_denominator(1001))
+        if Path(path).suffix.lower() == ".gif":
+            _write_gif(temporary, np.stack(list(frames)), Fraction(fps).limit_denominator(1001))
+        else:
+            _write_mp4(temporary, frames, Fraction(fps).limit_denominator(1001), sound)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: Fraction) -> None:
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: Fraction, sound: Sound | None) -> None:
+    """Frames (H, W, 3) of 0..255 as H.264, and a clip's sound, if it has any, as AAC."""
     # An index at the front, so that browsers can start at once.
-    with iio.imopen(path, "w", plugin=_Video, options={"movflags": "faststart"}) as file:
-        file.encode(frames, fps)
+    with av.open(str(path.resolve()), "w", options={"movflags": "faststart"}) as file:
+        first = next(frames)
+        height, width = first.shape[:2]
+        stream = file.add_stream("libx264", fps)
+        stream.pix_fmt, stream.height, stream.width = "yuv420p", height + height % 2, width + width % 2
+        # crf is from 0 (lossless) to 51. Without `cpu-independent` and a fixed number of threads, bytes can differ.
+        context, options = stream.codec_context, {"crf": "12", "x264-params": "cpu-independent=1"}
+        context.options, context.thread_count = options, 4
+        # Untagged, players guess the colour matrix from the size. BT.601 is FFmpeg's 6 and swscale's 5, video range 1.
+        context.colorspace, context.color_range = 6, 1
+        exact = {"format": "yuv420p", "dst_colorspace": 5, "dst_color_range": 1, "interpolation": _SWSCALE}
+        heard = _written_sound(file, sound)
+        until, _ = next(heard, (None, []))
+        for number, pixels in enumerate(chain([first], frames), 1):
+            even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24").reformat(**exact)))
+            while until is not None and until < number / fps:  # as players read both side by side
+                until, packets = next(heard, (None, []))
+                file.mux(packets)
+        file.mux(stream.encode())
+        for _, packets in heard:
+            file.mux(packets)
+
+
+def _written_sound(
+    file: av.container.OutputContainer, sound: Sound | None
+) -> Iterator[tuple[Fraction, list[av.Packet]]]:
+    """(end in seconds, packets) of each piece of a sound; the first is empty, and makes the stream."""
+    if sound is None:
+        return
+    with av.open(str(Path(sound.clip).resolve()), metadata_errors="ignore") as clip:
+        if not clip.streams.audio:
+            return
+        stream, done = file.add_stream("aac", rate=_HERTZ, layout="stereo"), 0
+        yield Fraction(0), []
+        for piece in _pieces(clip, sound):
+            piece.pts, piece.time_base, done = done, Fraction(1, _HERTZ), done + piece.samples
+            yield Fraction(done, _HERTZ), stream.encode(piece)
+        yield Fraction(done, _HERTZ), stream.encode(None)
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
@@ -229,32 +329,35 @@ def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:
     # GIF counts in hundredths of a second: rounding the times, not the durations, lets no error add up.
     times = [round(100 * index / fps) for index in range(len(frames) + 1)]
     settings = {"palette": bytes(palette.getpalette()), "duration": [10 * (b - a) for a, b in pairwise(times)]}
-    iio.imwrite(path, np.stack(indices), plugin="pillow", mode="P", loop=0, disposal=1, **settings)
+    settings |= {"plugin": "pillow", "extension": ".gif", "mode": "P", "loop": 0, "disposal": 1}
+    path.write_bytes(iio.imwrite("<bytes>", np.stack(indices), **settings))
 
 
 def save_image(path: Path | str, image: Image.Image | Tensor) -> None:
     """Write a Pillow image, or a tensor (3, H, W) in [-1, 1], as PNG."""
     pixels = _to_bytes(image[:, None])[0] if isinstance(image, Tensor) else np.asarray(image)
     with cli.replacing(path) as temporary:
-        iio.imwrite(temporary, pixels, plugin="pillow", extension=".png")
+        temporary.write_bytes(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".png"))
 
 
 def filmstrip(
-    rows: Sequence[tuple[str, Tensor]], marks: Sequence[Sequence[bool] | None] = (), height: int = 96, columns: int = 12
-) -> Image.Image:
+    rows: Sequence[tuple[str, Tensor]], marks: Sequence[Sequence[bool] | None] = (), height: int = 96,
+    columns: int = 12, numbers: Sequence[int] | None = None,
+) -> Image.Image:  # fmt: skip
     """A contact sheet: one row a video, time from left to right.
 
     rows     (title, video (3, N, H, W) in [-1, 1]) of each row; the numbers of its frames are written below them.
     marks    for each row whether each of its N frames was given (True) or generated (False), told by colour and by a
              legend; None leaves a row unmarked, and without marks all rows are.
-    height   of a frame, in pixels; columns: at most that many frames a row, evenly spaced, from the first to the last.
+    height   of a frame, in pixels; columns: at most that many frames a row, chosen by `evenly`.
+    numbers  of a row's frames, if they are not 0, 1, 2, ...
     """
     font, gap, line = ImageFont.load_default(size=14), 6, 18
     marks = marks or [None] * len(rows)
     titles = [textwrap.fill(title, 22, max_lines=4, placeholder=" ...") for title, _ in rows]
     widths = [sum(font.getlength(run) for run, font in _runs(line)) for title in titles for line in title.split("\n")]
     margin = 3 * gap + round(max(widths))
-    strips = [_strip(video, mark, height, columns) for (_, video), mark in zip(rows, marks, strict=True)]
+    strips = [_strip(video, mark, height, columns, numbers) for (_, video), mark in zip(rows, marks, strict=True)]
     legend = [("given", GIVEN), ("generated", GENERATED)] if any(mark is not None for mark in marks) else []
     entry = 2 * line + round(font.getlength("generated"))
     across, pitch = max(len(legend) * entry, *(strip.width for strip in strips)), strips[0].height + gap
@@ -306,11 +409,16 @@ def _font_file(word: str) -> str | None:
     return min([best, *font_manager.findSystemFonts()], key=missing) if missing(best) else best
 
 
-def _strip(video: Tensor, mark: Sequence[bool] | None, height: int, columns: int) -> Image.Image:
+def evenly(N: int, columns: int = 12) -> list[int]:
+    """At most so many of N frames, evenly spaced, from the first to the last."""
+    return np.linspace(0, N - 1, min(N, columns)).round().astype(int).tolist()
+
+
+def _strip(video: Tensor, mark: Sequence[bool] | None, height: int, columns: int, numbers=None) -> Image.Image:
     """One row of a contact sheet: frames in borders, and their numbers below."""
     N, font = video.shape[1], ImageFont.load_default(size=12)
     width = max(1, round(height * video.shape[3] / video.shape[2]))
-    chosen = np.linspace(0, N - 1, min(N, columns)).round().astype(int).tolist()
+    chosen = evenly(N, columns)
     strip = Image.new("RGB", (len(chosen) * (width + 12), height + 24), "white")
     draw = ImageDraw.Draw(strip)
     for left, index, pixels in zip(range(0, strip.width, width + 12), chosen, _to_bytes(video[:, chosen]), strict=True):
@@ -318,5 +426,6 @@ def _strip(video: Tensor, mark: Sequence[bool] | None, height: int, columns: int
         if mark is not None:
             draw.rectangle((left, 0, left + width + 5, height + 5), fill=colour)
         strip.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS), (left + 3, 3))
-        draw.text((left + 3 + width // 2, height + 9), str(index), fill=colour, font=font, anchor="ma")
+        number = str(numbers[index] if numbers else index)
+        draw.text((left + 3 + width // 2, height + 9), number, fill=colour, font=font, anchor="ma")
     return strip

@@ -54,7 +54,8 @@ def mistake(result: Result, *words: str, told: str = "") -> None:
     """
     *before, sentence, last = result.err.split("\n")
     assert result.status == 2 and not last and bool(told) == bool(result.out) and result.out.startswith(told), result
-    assert "Traceback" not in result.err and all("left" in line for line in before), "more than progress and a sentence"
+    others = [line for line in before if "left" not in line and not line.startswith("settings: ")]
+    assert "Traceback" not in result.err and not others, "more than progress, settings and a sentence"
     assert ".py: " in sentence and len(sentence) < 500, sentence
     for word in words:
         assert word in sentence, f"{word!r} is not in: {sentence}"

@@ -31,7 +31,8 @@ class Config:
 
 
 def test_without_flags_a_config_has_its_defaults():
-    assert cli.parse(Config, "Doc.", []) == Config()
+    assert cli.parse(Config, "Doc.", []) == Config() and cli.given(Config, []) == {}
+    assert cli.given(Config, ["--count", "3", "--name", "a"]) == {"count": 3, "name": "a"}, "as the defaults are, too"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,7 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     config = cli.parse(Config, "Doc.", argv.split())
     got = getattr(config, field)
     assert got == value and type(got) is type(value)
+    assert cli.given(Config, argv.split()) == {field: value}, "whatever is the default"
     others = {name: v for name, v in vars(config).items() if name != field}
     assert others == {name: v for name, v in vars(Config()).items() if name != field}
 

@@ -531,6 +531,47 @@ def test_unreadable_files(tmp_path):
 # Writing, and other programs.
 
 
+def _published(path, rank=512, pattern="{}.lora_{}.default.weight", change=lambda tensors: tensors, metadata=None):
+    """A file such as Pusa's authors publish, of two narrow blocks."""
+    layers = [f"blocks.{i}.{target}" for i in range(2) for target in lora.TARGETS]
+    shapes = {"A": (rank, 3), "B": (3, rank)}
+    tensors = change({pattern.format(name, part): torch.ones(shapes[part]) for name in layers for part in "AB"})
+    torch.save(tensors, path) if path.suffix == ".pt" else save_file(tensors, path, metadata)
+    return path
+
+
+def test_published_pusa_files_are_known_by_what_is_in_them(tmp_path):
+    for path in (
+        _published(tmp_path / "a.pt"),
+        _published(tmp_path / "b.safetensors", pattern="diffusion_model.{}.lora_{}.weight", metadata={"format": "pt"}),
+        _published(tmp_path / "c.safetensors", pattern="{}.lora_{}.weight"),
+    ):
+        assert [lora_files.usual_strength(path, expert) for expert in ("", "high", "low")] == [1.4, 1.5, 1.4]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 256},
+        {"metadata": {"rank": "512", "alpha": "512"}},  # ours
+        {"change": lambda t: {**t, "diffusion_model.blocks.0.ffn.0.alpha": torch.ones(1)}},
+        {"change": lambda t: {name: tensor for name, tensor in t.items() if "ffn.2" not in name}},
+        {"change": lambda t: {**t, "blocks.0.norm3.diff_b": torch.ones(3)}},
+        {"change": lambda t: {name.replace("_A", "_down").replace("_B", "_up"): tensor for name, tensor in t.items()}},
+        {"pattern": "transformer.{}.lora_{}.weight"},
+    ],
+)
+def test_what_others_publish_is_not_taken_for_pusas(settings, tmp_path):
+    path = _published(tmp_path / "a.safetensors", **settings)
+    assert [lora_files.usual_strength(path, expert) for expert in ("", "high", "low")] == [1, 1, 1]
+
+
+def test_own_files_are_not_taken_for_pusas(wan, tmp_path):
+    for to in lora_files.LAYOUTS:
+        lora.save(tmp_path / f"{to}.safetensors", _random(wan, rank=512), to=to)
+        assert lora_files.usual_strength(tmp_path / f"{to}.safetensors", "high") == 1
+
+
 def test_equal_input_gives_equal_bytes(wan, tmp_path):
     change = _random(wan, alpha=2.5)
     metadata = {key: 'ä " \\ \n' + key for key in "hgfedcba"}

@@ -2,6 +2,7 @@
 
 import struct
 import wave
+import zlib
 from fractions import Fraction
 
 import av
@@ -240,6 +241,68 @@ def test_windows_follow_one_another(tmp_path):
     windows = [indices(window) for window in media.read_windows(tmp_path / "a.mp4", (32, 32), 16, 5)]
     assert windows == [list(range(start, start + 5)) for start in (0, 5, 10, 15)]
     assert list(media.read_windows(tmp_path / "a.mp4", (32, 32), 16, 25)) == []
+
+
+def test_stretches_of_a_clip(tmp_path):
+    path = tmp_path / "a.mp4"
+    media.write_video(path, counting(16), 16)
+    assert indices(media.read_video(f"{path}@3-6")) == [3, 4, 5, 6]
+    assert indices(media.read_video(f"{path}@3-6", fps=8)) == [6, 8, 10, 12], "counted at the rate asked for"
+    assert indices(media.read_video(f"{path}@3-9", first=4, last=2)) == [5, 6]
+    assert indices(media.read_video(media.part(media.part(str(path), 3, 9), 2, 3))) == [5, 6, 7]
+    counts = [media.count(f"{path}{part}", fps) for part in ("", "@3-6", "@12-40") for fps in (16, 8)]
+    assert counts == [16, 8, 4, 4, 4, 0]
+    assert media.stretch_of(path) == (str(path), 0, None) and media.stretch_of("a@1.mp4") == ("a@1.mp4", 0, None)
+    with pytest.raises(ValueError, match="ends before those frames"):
+        media.read_video(f"{path}@16-20")
+    with pytest.raises(ValueError, match="got the frames 6 to 3 of .*, expected the first before the last"):
+        media.read_video(f"{path}@6-3")
+
+
+def test_a_video_that_changes_its_size(tmp_path):
+    parts = b""
+    for width, height in ((32, 32), (48, 64)):
+        with av.open(str(tmp_path / "part.mpg"), "w", format="mpegts") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for _ in range(5):
+                pixels = np.zeros((height, width, 3), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        parts += (tmp_path / "part.mpg").read_bytes()
+    (tmp_path / "a.mpg").write_bytes(parts)
+    assert media.read_video(tmp_path / "a.mpg", size=(32, 32)).shape[2:] == (32, 32)
+    with pytest.raises(ValueError, match=r"a\.mpg has frames of several sizes, expected frames of one size"):
+        media.read_video(tmp_path / "a.mpg")
+
+
+def test_a_title_need_not_be_utf_8(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        container.metadata["title"] = "caption of the clip"
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert b"caption of the clip" in content
+    (tmp_path / "a.mp4").write_bytes(content.replace(b"caption of", b"\xff\xfe\xc3\x28aa of"))
+    assert media.read_video(tmp_path / "a.mp4").shape == (3, 1, 32, 32)
+
+
+def test_an_image_whose_text_is_a_bomb(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    content, text = (tmp_path / "a.png").read_bytes(), b"a\0\0" + zlib.compress(bytes(10**8))
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
+        media.read_image(tmp_path / "a.png")
+
+
+def test_a_name_is_no_protocol_of_ffmpeg(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe:1.mp4", "concat:a.mp4"):
+        media.write_video(name, moving(), 8)
+        assert media.read_video(name).shape == (3, 9, 32, 32) and (tmp_path / name).stat().st_size > 500
 
 
 # Filmstrips

@@ -287,6 +287,21 @@ def test_the_table_of_tasks_is_that_of_the_code():
         assert f"| `{name}` | {task.given} | {noise}{' ' if noise else ''}| <img" in README
 
 
+def test_the_table_of_presets_is_that_of_the_code():
+    def cell(steps, shift, guidance, guidance_2=None, **_):
+        both = f"{guidance:g}" + (f" and {guidance_2:g}" if guidance_2 else "")
+        return f"{steps} steps, shift {shift:g}, guidance {both}"
+
+    pusa = cell(**dataclasses.asdict(checkpoint.Preset()))
+    for model, name, size in (
+        (checkpoint.SMALL, "Wan2.1 1.3B", "832x480"),
+        (checkpoint.LARGE, "Wan2.1 14B", "1280x720"),
+        (checkpoint.TWO_EXPERTS, "Wan2.2 A14B", "1280x720"),
+    ):
+        others = " | ".join(cell(**preset[model]) for preset in checkpoint.PRESETS.values())
+        assert f"| {name} | {size} | {pusa} | {others} |" in README
+
+
 def test_the_evaluation_is_that_of_the_model():
     block = re.search(r"<!-- evaluation -->\n(.*?)\n<!-- /evaluation -->", README, re.S)[1].strip()
     judged = (ROOT / "checkpoints" / "tiny" / "README.md").read_text(encoding="utf-8")
@@ -317,8 +332,11 @@ def test_every_number_is_that_of_the_code():
         "less than 16 MB",
         "sixteen captioned clips",
         f"{own.size[0]}x{own.size[1]} pixels, {own.frames} frames at {own.fps:g} a second",
-        f"{wan.size[0]}x{wan.size[1]},\n{wan.frames} frames, {wan.fps:g} fps, {wan.steps} steps, "
-        f"guidance {wan.guidance:g}, shift {wan.shift:g}, LoRA strength {wan.strength:g}",
+        f"{wan.frames} frames at {wan.fps:g} fps",
+        "published for them: 1.4, but 1.5 into",
+        "merged at 1 unless",
+        "examples are of 832x480",
+        "({} and {})".format(*(m.replace(",", ", ") for m in checkpoint.NOISE[checkpoint.TWO_EXPERTS].values())),
     )
     text = README
     for fact in facts:

@@ -4,11 +4,14 @@ import dataclasses
 import json
 import re
 import shutil
+import threading
 import weakref
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import av
+import numpy as np
 import pytest
 import small
 import torch
@@ -22,7 +25,7 @@ import tasks
 import train
 from model import Wan
 from sample import SampleConfig
-from support import cost, dataset, media, plots
+from support import cost, dataset, media, plots, records
 from toy import world
 from wan import checkpoint, text
 from wan.text import UMT5Encoder
@@ -33,7 +36,7 @@ NAMES = tuple(tasks.TASKS)
 @pytest.fixture(autouse=True)
 def examples(clips, monkeypatch):
     """The clips that a task takes when it is given none."""
-    monkeypatch.setattr(sample, "EXAMPLES", clips)
+    monkeypatch.setattr(records, "EXAMPLES", clips)
 
 
 @pytest.fixture
@@ -92,7 +95,8 @@ def test_a_task_makes_its_files_and_repeats_to_the_bit(task, run, made, tmp_path
     out = tmp_path / "out"
     assert result.out.split() == [str(out / name) for name in ("a.mp4", "a.png", "a.json")]
     video = media.read_video(out / "a.mp4")
-    assert video.shape == (3, FRAMES, 32, 32)
+    whole = {"extend": world.FRAMES + FRAMES - 13, "prepend": world.FRAMES + FRAMES - 17, "retake": world.FRAMES}
+    assert video.shape == (3, whole.get(task, FRAMES), 32, 32)
     assert video.std() > 0.05
     assert media.read_image(out / "a.png").shape[2] > 200
 
@@ -149,7 +153,7 @@ def test_what_is_left_open_is_written_down(run, model, tmp_path):
     assert run("--task", "extend").status == 0
     settings = _settings(tmp_path / "out" / "a.json")
     open_still = {name for name, value in settings.items() if value is None}
-    assert open_still == {"seconds", "at", "from_json", "preset", "prompts", "boundary", "guidance_2"}
+    assert open_still == {"seconds", "at", "between", "from_json", "preset", "prompts", "boundary", "guidance_2"}
     assert settings["lora"] == [f"{(model / 'lora.safetensors').as_posix()}:1"]
     chosen = ("size", "frames", "steps", "shift", "guidance", "noise", "fps")
     assert [settings[name] for name in chosen] == ["32x32", FRAMES, 3, 3.0, 2.0, "0", 16.0]
@@ -206,30 +210,63 @@ def test_dry_run_counts_the_transformer_where_a_window_begins_from_decoded_frame
 
 def test_plot_shows_at_most_eight_of_the_steps(run, monkeypatch):
     rows = []
-    monkeypatch.setattr(media, "filmstrip", lambda videos, **_: rows.append(videos) or media.Image.new("RGB", (9, 9)))
+    picture = media.Image.new("RGB", (9, 9))
+    monkeypatch.setattr(media, "filmstrip", lambda videos, *_, **__: rows.append(videos) or picture)
     assert run("--task", "t2v", "--plot", "--steps", 15).status == 0
     assert [title for title, _ in rows[1]] == [f"after step {k}" for k in (1, 3, 5, 7, 9, 11, 13, 15)]
 
 
 def test_two_runs_at_once_do_not_take_one_number(model, monkeypatch, tmp_path):
+    """One begins while the other is at work; neither has written a video yet."""
     monkeypatch.chdir(tmp_path)
-    write = media.write_video
+    generate, results = sample.generate, []
+    flags = ["--model", model, "--task", "t2v", "--prompt", "a red circle", "--steps", 1, "--frames", 5]
 
-    def crowded(path, *arguments):
-        write(path, *arguments)
-        assert Path(path).name == "t2v-002.mp4"
-
-    def other(*arguments):
-        Path("outputs").mkdir()
-        Path("outputs/t2v-001.mp4").write_bytes(b"of another run")
+    def crowded(*arguments):
+        monkeypatch.setattr(sample, "generate", generate)
+        results.append(call(sample, *flags))
         return generate(*arguments)
 
+    monkeypatch.setattr(sample, "generate", crowded)
+    results.append(call(sample, *flags))
+    assert [result.status for result in results] == [0, 0], results
+    assert "t2v-002.mp4" in results[0].out and "t2v-001.mp4" in results[1].out
+
+
+def test_many_runs_at_once_claim_as_many_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, names, start = SampleConfig("t2v"), [], threading.Barrier(8)
+
+    def claim():
+        start.wait()
+        with records.claimed(config) as files:
+            names.append(files["video"])
+            start.wait()
+
+    threads = [threading.Thread(target=claim) for _ in range(8)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert sorted(names) == [Path(f"outputs/t2v-{n:03d}.mp4") for n in range(1, 9)]
+
+
+def test_a_second_run_to_one_file_is_told(run, made, monkeypatch, tmp_path):
     generate = sample.generate
-    monkeypatch.setattr(sample, "generate", other)
-    monkeypatch.setattr(media, "write_video", crowded)
-    result = call(sample, "--model", model, "--task", "t2v", "--prompt", "a red circle")
-    assert result.status == 0 and str(Path("outputs/t2v-002.mp4")) in result.out, result
-    assert Path("outputs/t2v-001.mp4").read_bytes() == b"of another run"
+
+    def crowded(*arguments):
+        monkeypatch.setattr(sample, "generate", generate)
+        mistake(run("--task", "t2v"), "a.json exists", "another --out")
+        return generate(*arguments)
+
+    monkeypatch.setattr(sample, "generate", crowded)
+    assert run("--task", "t2v").status == 0 and made() == ["a.json", "a.mp4", "a.png"]
+
+
+def test_what_cannot_be_written_is_told_before_all_the_work(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "generate", None)
+    (tmp_path / "out").write_text("a file")
+    mistake(run("--task", "t2v"), str(tmp_path / "out"), "cannot write", "--out")
+    (tmp_path / "out").unlink()
+    (tmp_path / "out" / "a.mp4").mkdir(parents=True)
+    mistake(run("--task", "t2v"), "a.mp4", "another --out")
 
 
 def test_plot_writes_both_pictures(run, made, tmp_path):
@@ -426,7 +463,7 @@ def test_a_long_prepend_keeps_the_clip_at_the_end(frames, model, clips, windows)
         # The first latent of a window is a lone frame: only the four after it may stand in the middle of a video.
         assert torch.equal(end[:, :, -4:], later[:, :, 1:5]) and torch.equal(end[:, :, -4:], start[:, :, -4:])
     assert torch.equal(latents[:, :, :1], windows[-1][1][:, :, :1]), "the video begins with a lone frame"
-    assert sample.given_frames(job) == [False] * (frames - 16) + [True] * 16
+    assert job.given == [False] * (frames - 16) + [True] * 16
 
 
 def test_a_window_goes_on_from_as_much_as_the_first_was_given(model, clips):
@@ -440,7 +477,7 @@ def test_a_window_goes_on_from_as_much_as_the_first_was_given(model, clips):
 def test_given_frames_of_the_tasks(model):
     def given(task, **changes):
         _, job = _laid_out(task=task, model=str(model), **changes)
-        return [n for n, mark in enumerate(sample.given_frames(job)) if mark]
+        return [n for n, mark in enumerate(job.given) if mark]
 
     assert given("t2v") == []
     assert given("i2v") == [0]
@@ -448,6 +485,202 @@ def test_given_frames_of_the_tasks(model):
     assert given("extend", frames=37) == list(range(13))
     assert given("complete") == [*range(5), *range(17, 25)]
     assert given("keyframes") == [0, 9, 10, 11, 12, 21, 22, 23, 24]
+
+
+# Shapes, whole clips, stretches of clips.
+
+
+def _size(run, tmp_path, *flags, out="s.mp4"):
+    result = run("--task", *flags, "--overwrite", "--steps", 1, out=out)
+    assert result.status == 0, result.err
+    return _settings(tmp_path / "out" / Path(out).with_suffix(".json"))["size"], result.err
+
+
+def test_a_video_has_the_shape_of_what_is_given_first(run, tmp_path, clips):
+    """At the model's number of pixels, as in training: 30x60 goes into 32x48 where the model has 32x32."""
+    portrait, wide = tmp_path / "portrait.png", tmp_path / "wide.mp4"
+    media.save_image(portrait, torch.rand(3, 60, 30) * 2 - 1)
+    media.write_video(wide, torch.rand(3, 33, 32, 64) * 2 - 1, 16)
+    square = f"{clips / '00000.mp4'}@0"
+    assert _size(run, tmp_path, "i2v", "--image", portrait)[0] == "32x48"
+    assert media.read_video(tmp_path / "out" / "s.mp4").shape[2:] == (48, 32)
+    assert _size(run, tmp_path, "extend", "--video", wide)[0] == "48x32"
+    assert _size(run, tmp_path, "i2v", "--image", portrait, "--size", "32x32") == ("32x32", mock.ANY)
+    assert _size(run, tmp_path, "t2v")[0] == "32x32"
+    size, err = _size(run, tmp_path, "start-end", "--image", portrait, square)
+    assert size == "32x48" and f"{square} is cropped to the shape of {portrait}, 32x48" in err
+    assert "cropped" not in _size(run, tmp_path, "start-end", "--image", square, square)[1]
+    assert call(sample, "--from-json", tmp_path / "out" / "s.json", "--out", tmp_path / "again.mp4").status == 0
+    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "out" / "s.mp4").read_bytes()
+
+
+def _psnr(a, b):
+    return (10 * torch.log10(4 / (a - b).pow(2).mean())).item()
+
+
+def _made(run, tmp_path, *flags, out="w.mp4"):
+    result = run(*flags, "--steps", 1, "--overwrite", out=out)
+    assert result.status == 0, result.err
+    record = json.loads((tmp_path / "out" / out).with_suffix(".json").read_text())
+    return media.read_video(tmp_path / "out" / out), record["given"]
+
+
+@pytest.mark.parametrize("frames", [25, 37])
+def test_extend_and_prepend_show_the_whole_clip(frames, run, clips, tmp_path):
+    """A clip of another size and rate is brought to the size and the rate of what is made."""
+    path = tmp_path / "other.mp4"
+    media.write_video(path, media.resize_crop(world.render(world_scene(), 60), (48, 48)), 24)
+    clip = media.read_video(path, (32, 32), 16)
+    n = clip.shape[1]
+    flags = ["--video", path, "--frames", frames, "--prompt", ""]
+    new, given = _made(run, tmp_path, "--task", "extend", *flags, "--only-new")
+    assert new.shape[1] == frames and given == [[0, 12]]
+    video, given = _made(run, tmp_path, "--task", "extend", *flags)
+    assert video.shape == (3, n + frames - 13, 32, 32) and given == [[0, n - 1]]
+    assert _psnr(video[:, :n], clip) > 30 and _psnr(video[:, n:], new[:, 13:]) > 30
+    assert _psnr(clip[:, -13:], new[:, :13]) < 25, "of the window, what was given is not shown: it was decoded"
+
+    new, given = _made(run, tmp_path, "--task", "prepend", *flags, "--only-new")
+    assert new.shape[1] == frames and given == [[frames - 16, frames - 1]]
+    video, given = _made(run, tmp_path, "--task", "prepend", *flags)
+    assert video.shape == (3, frames - 17 + n, 32, 32) and given == [[frames - 17, frames - 18 + n]]
+    assert _psnr(video[:, frames - 17 :], clip) > 30 and _psnr(video[:, : frames - 17], new[:, : frames - 17]) > 30
+
+
+def world_scene():
+    return next(iter(world.scenes(1, seed=7)))
+
+
+def test_noisy_conditions_are_shown_as_they_became(run, clips, tmp_path):
+    clip = media.read_video(clips / "00001.mp4")
+    flags = ["--task", "extend", "--video", clips / "00001.mp4", "--noise", "0,0,0.4,0.5"]
+    new, _ = _made(run, tmp_path, *flags, "--only-new")
+    video, given = _made(run, tmp_path, *flags)
+    assert video.shape[1] == 45 and given == [[0, 32]]
+    assert _psnr(video[:, :25], clip[:, :25]) > 30, "up to the clean ones, and with them: frames 0 to 4 of the window"
+    assert _psnr(video[:, 25:], new[:, 5:]) > 30
+
+
+def test_a_long_clip_is_never_all_in_memory(run, clips, tmp_path, monkeypatch):
+    path, alive, most = tmp_path / "long.mp4", weakref.WeakSet(), []
+    media.write_video(path, torch.zeros(3, 300, 32, 32), 16)
+    convert = media._Video.convert
+
+    class Frame:
+        pass
+
+    def counted(self, frame, size):
+        image, token = convert(self, frame, size), Frame()
+        image.token = token
+        alive.add(token)
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(media._Video, "convert", counted)
+    assert run("--task", "extend", "--video", path, "--steps", 1).status == 0
+    assert len(most) > 300 and max(most) < 60
+    assert media.read_video(tmp_path / "out" / "a.mp4").shape[1] == 312 and max(most) > 300, "as here"
+
+
+def _with_tone(path, frames=33, fps=16, start=1.0):
+    """A clip of grey frames whose sound is silence and then, from `start` seconds on, a tone."""
+    with av.open(str(path), "w") as container:
+        video, sound = container.add_stream("libx264", rate=fps), container.add_stream("aac", rate=48000, layout="mono")
+        video.width = video.height = 32
+        for k in range(frames):
+            pixels = np.full((32, 32, 3), 4 * k, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode())
+        time = np.arange(round(48000 * frames / fps)) / 48000
+        tone = (np.sin(2 * np.pi * 440 * time) * (time >= start)).astype(np.float32)
+        fifo = av.AudioFifo()
+        frame = av.AudioFrame.from_ndarray(tone[None] / 2, format="fltp", layout="mono")
+        frame.sample_rate = 48000
+        fifo.write(frame)
+        while piece := fifo.read(1024, partial=True):
+            container.mux(sound.encode(piece))
+        container.mux(sound.encode())
+    return path
+
+
+def _tone(path):
+    """When the sound of a clip begins to be heard, and when it ends; None without a sound."""
+    with av.open(str(path)) as container:
+        if not container.streams.audio:
+            return None
+        pieces = [(frame.time, frame.to_ndarray()[0], frame.sample_rate) for frame in container.decode(audio=0)]
+    loud = [(time, np.flatnonzero(abs(wave) > 0.1) / rate) for time, wave, rate in pieces if abs(wave).max() > 0.1]
+    return loud[0][0] + loud[0][1][0], loud[-1][0] + loud[-1][1][-1]
+
+
+def test_the_sound_of_the_clip_stays_at_its_time(run, tmp_path):
+    path = _with_tone(tmp_path / "tone.mp4")
+    for flags, before in (
+        (["extend"], 0),
+        (["prepend"], 8 / 16),
+        (["retake", "--between", "0.5,1"], 0),
+        (["extend", "--video", f"{path}@8-32"], -8 / 16),
+    ):
+        assert run("--task", *flags[:1], "--video", path, *flags[1:], "--prompt", "", "--overwrite").status == 0
+        begin, end = _tone(tmp_path / "out" / "a.mp4")
+        assert begin == pytest.approx(1 + before, abs=0.05) and end == pytest.approx(33 / 16 + before, abs=0.07), flags
+        first = (tmp_path / "out" / "a.mp4").read_bytes()
+    assert run("--task", *flags[:1], *flags[1:], "--prompt", "", "--overwrite").status == 0
+    assert (tmp_path / "out" / "a.mp4").read_bytes() == first, "equal input gives equal bytes"
+    assert run("--task", "extend", "--video", path, "--only-new", out="b.mp4").status == 0
+    assert run("--task", "extend", "--video", path, out="c.gif").status == 0
+    assert _tone(tmp_path / "out" / "b.mp4") is None and _tone(tmp_path / "out" / "c.gif") is None
+
+
+def test_a_retake_makes_a_stretch_again_and_keeps_the_rest(run, model, clips, tmp_path):
+    path = tmp_path / "long.mp4"
+    media.write_video(path, world.render(world_scene(), 80), 16)
+    clip = media.read_video(path, (32, 32))
+    flags = ["--task", "retake", "--video", path, "--between", "2,3", "--strength", 0.9, "--prompt", ""]
+    video, given = _made(run, tmp_path, *flags)
+    assert video.shape == clip.shape and given == [[0, 31], [48, 79]]
+    outside = [*range(32), *range(48, 80)]
+    assert _psnr(video[:, outside], clip[:, outside]) > 30 and _psnr(video[:, 32:48], clip[:, 32:48]) < 25
+    new, _ = _made(run, tmp_path, *flags, "--only-new")
+    assert new.shape[1] == FRAMES, "the window has the stretch in its middle: frames 27 to 51 of the clip"
+    assert _psnr(video[:, 32:48], new[:, 5:21]) > 30
+
+    config, job = _laid_out(task="retake", model=str(model), video=(str(path),), between="2,3", strength=0.9)
+    assert job.plans[0].m.tolist() == pytest.approx([0, 0, 0.9, 0.9, 0.9, 0.9, 0])
+    (pixels,) = sample.read_inputs(config, job.plans[0])
+    torch.testing.assert_close(pixels[0], clip[:, 27:52])
+    config, job = _laid_out(task="retake", model=str(model), video=(str(path),), between="0,0.5")
+    assert job.around.start == 0 and job.plans[0].m[:3].min() > 0 and (job.plans[0].m[3:] == 0).all()
+    short = tmp_path / "short.mp4"
+    media.write_video(short, scene_video(0, 15), 16)
+    config, job = _laid_out(task="retake", model=str(model), video=(str(short),), between="0.2,0.5")
+    assert config.frames == 13 and job.around.frames == 15, "no more than the clip has, unless --frames asks for more"
+
+
+def test_clips_and_images_are_keyframes_together(model, clips):
+    a, b = str(clips / "00001.mp4"), str(clips / "00002.mp4")
+    flags = {"image": (f"{a}@30",), "video": (f"{a}@4-8", f"{b}@10-18"), "at": "6,0,3"}
+    config, job = _laid_out(task="keyframes", model=str(model), dtype="float32", **flags)
+    assert [slot.positions for slot in job.plans[0].given] == [(6,), (0, 1), (3, 4)]
+    first, second = media.read_video(a), media.read_video(b)
+    inputs = sample.read_inputs(config, job.plans[0])
+    assert torch.equal(inputs[1][0], first[:, 4:9]) and torch.equal(inputs[2][0], second[:, 10:19])
+    latents = _latents(model, "keyframes", **flags)
+    x0 = sample.conditions(_open(model).vae(), job.plans[0], inputs, latents)
+    assert torch.equal(latents[:, :, [0, 1, 3, 4, 6]], x0[:, :, [0, 1, 3, 4, 6]])
+
+
+@torch.no_grad()
+def test_an_end_image_is_a_group_or_alone(model, clips):
+    flags = {"image": (f"{clips / '00001.mp4'}@0", f"{clips / '00001.mp4'}@32")}
+    vae, image = _open(model).vae(), media.read_image(flags["image"][1])[None, :, None]
+    alone, group = vae.encode(image), vae.encode(image.expand(-1, -1, 5, -1, -1))[:, :, 1:]
+    assert (alone - group).abs().max() > 1e-3
+    for how, expected in ((None, group), ("group", group), ("lone", alone)):
+        latents = _latents(model, "start-end", **flags, **({"end_latent": how} if how else {}))
+        torch.testing.assert_close(latents[:, :, -1:], expected)
+    assert torch.equal(_latents(model, "i2v", image=flags["image"][:1], end_latent="lone"),
+                       _latents(model, "i2v", image=flags["image"][:1]))  # fmt: skip
 
 
 # LoRAs.
@@ -495,6 +728,35 @@ def test_several_loras_in_one_run(run, model, tmp_path):
     a, b, c = ((tmp_path / "out" / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b != c
     assert _settings(tmp_path / "out" / "a.json")["lora"] == [one, f"{own}:1"]
+
+
+@pytest.fixture
+def pusa(model, tmp_path):
+    """A LoRA for the miniature model, as Pusa's authors would publish it."""
+    pairs, path = random_lora(_open(model).transformer(), seed=2, rank=512).pairs, tmp_path / "pusa.pt"
+    torch.save({f"{name}.lora_{p}.default.weight": getattr(pairs[name], p) for name in pairs for p in "AB"}, path)
+    return path
+
+
+def test_a_lora_without_a_strength_gets_the_usual_one(run, model, two, pusa, tmp_path):
+    """Its own for the model's, what Pusa publishes for Pusa's files, and 1 for others, whatever the preset."""
+    folder = shutil.copytree(two, tmp_path / "own")
+    checkpoint.save_preset(folder, dataclasses.replace(_open(two).preset, strength=1.7))
+    other = tmp_path / "other.safetensors"
+    lora.save(other, random_lora(_open(model).transformer(), seed=3))
+    names = [str(folder / "lora.safetensors"), f"high={pusa}", f"low={pusa}", str(pusa), str(other), f"{other}:0.3"]
+    expected = [f"{name}:{x}" for name, x in zip(names, (1.7, 1.5, 1.4, 1.4, 1), strict=False)] + names[-1:]
+    for preset in ([], ["--preset", "lightx2v"], ["--preset", "wan", "--steps", "2"]):
+        result = run("--task", "t2v", "--model", folder, "--frames", 5, "--lora", *names, *preset, "--overwrite")
+        assert result.status == 0, result.err
+        assert _settings(tmp_path / "out" / "a.json")["lora"] == expected
+        assert f"LoRA {', '.join(expected)}" in result.err, "it is told"
+    assert run("--task", "t2v", "--model", folder, "--frames", 5, out="b.mp4").status == 0
+    assert _settings(tmp_path / "out" / "b.json")["lora"] == expected[:1]
+
+
+def test_a_lora_that_is_not_there_is_told_by_a_dry_run(run):
+    mistake(run("--task", "t2v", "--lora", "none.pt:1.4", "--dry-run"), "no LoRA file at none.pt")
 
 
 # Memory: what is loaded when, and kept.
@@ -903,6 +1165,51 @@ def test_lightx2v_is_four_steps_without_guidance(run, model, tmp_path, calls):
     torch.testing.assert_close(job.taus[0][:, 0], torch.tensor([1, 0.9375, 5 / 6, 0.625, 0]), rtol=0, atol=1e-7)
 
 
+def _as_published(folder, model, layers, experts=()):
+    """A folder of descriptions in the layout of a published model, from which `--dry-run` tells all."""
+    for home in experts or ("",):
+        (folder / home).mkdir(parents=True)
+        config = dataclasses.asdict(_open(model).config) | {"num_layers": layers}
+        (folder / home / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "own", "pusa"),
+    [
+        (30, (), (50, 8, 6, None), (30, 5, 3, None)),
+        (40, (), (50, 5, 5, None), (30, 5, 3, None)),
+        (40, ("high_noise_model", "low_noise_model"), (40, 12, 4, 3), (30, 5, 3, 3)),
+    ],
+)
+def test_wans_own_settings_are_a_preset(layers, experts, own, pusa, model, tmp_path):
+    folder = _as_published(tmp_path / "wan", model, layers, experts)
+    for preset, expected in (("wan", own), (None, pusa)):
+        config, _ = sample.prepare(SampleConfig("t2v", str(folder), preset=preset))
+        assert (config.steps, config.shift, config.guidance, config.guidance_2) == expected
+        assert (config.frames, config.fps, config.boundary) == (81, 16, 0.875 if experts else None)
+
+
+def test_tasks_of_two_experts_have_noise_of_their_own(model, tmp_path):
+    def noise(experts, task, **flags):
+        folder = tmp_path / f"{len(experts)}"
+        folder = folder if folder.exists() else _as_published(folder, model, 40, experts)
+        config, job = _laid_out(task=task, model=str(folder), size="64x64", **flags)
+        return [round(m, 3) for m in job.plans[0].m.tolist() if m < 1]
+
+    both = ("high_noise_model", "low_noise_model")
+    assert noise(both, "extend", frames=33) == [0.2, 0.4, 0.4, 0.4] and noise(both, "start-end") == [0.2, 0.5]
+    assert noise((), "extend", frames=33) == [0, 0.3, 0.4, 0.5] and noise((), "start-end") == [0.2, 0.4]
+    assert noise(both, "i2v") == [0.2] and noise(both, "extend", noise="0") == [0] * 4
+
+
+def test_a_negative_prompt_is_read_from_a_file(run, tmp_path):
+    (tmp_path / "no.txt").write_text(" a blue\n  square\n", encoding="utf-8")
+    assert run("--task", "t2v", "--negative-prompt", f"@{tmp_path / 'no.txt'}").status == 0
+    assert _settings(tmp_path / "out" / "a.json")["negative_prompt"] == "a blue square"
+    mistake(run("--task", "t2v", "--negative-prompt", "@none.txt", out="b.mp4"), "none.txt", "expected a text file")
+
+
 def test_what_is_given_wins_over_a_preset(run, tmp_path):
     flags = ["--task", "t2v", "--preset", "lightx2v", "--steps", 2, "--guidance", 1.5, "--shift", 3]
     assert run(*flags).status == 0
@@ -941,8 +1248,8 @@ def test_what_is_given_wins_over_a_preset(run, tmp_path):
         ("--task start-end --noise 0,0.1,0.2", ["got 3 noise values", "2 condition latents"]),
         ("--task i2v --noise a", ["got --noise a", "numbers with commas"]),
         ("--task t2v --noise 0.2", ["got noise for t2v", "expected none"]),
-        ("--task keyframes --image CLIP@0 CLIP@1 --at 0,7", ["got position 7", "0 to 6"]),
-        ("--task keyframes --image CLIP@0 CLIP@1 --at=-1,2", ["got position -1", "0 to 6"]),
+        ("--task keyframes --image CLIP@0 CLIP@1 --at 0,7", ["got positions [0, 7]", "0 to 6"]),
+        ("--task keyframes --image CLIP@0 CLIP@1 --at=-1,2", ["got positions [-1, 2]", "0 to 6"]),
         ("--task keyframes --image CLIP@0 CLIP@1 --at 2,2", ["[2, 2]", "only once"]),
         ("--task keyframes --image CLIP@0 CLIP@1 --at 0", ["got 1 positions", "one for each image"]),
         ("--task keyframes --image CLIP@0 CLIP@1", ["got 0 positions", "one for each image"]),
@@ -969,6 +1276,20 @@ def test_what_is_given_wins_over_a_preset(run, tmp_path):
         ("--task t2v --model TWO --guidance-2 -1", ["got --guidance-2 -1", "0 or more"]),
         ("--task t2v --model TWO --lora low=none.safetensors", ["no LoRA file at none.safetensors"]),
         ("--task t2v --device nonsense", ["got --device nonsense"]),
+        ("--task retake --video CLIP", ["got no --between", "within the clip's 2.062 s", "3,6"]),
+        ("--task retake --video CLIP --between 1", ["--between 1", "two times"]),
+        ("--task retake --video CLIP --between 1,0.5", ["--between 1,0.5", "two times"]),
+        ("--task retake --video CLIP --between 1,inf", ["--between 1,inf", "two times"]),
+        ("--task retake --video CLIP --between 1,9", ["--between 1,9", "2.062 s"]),
+        ("--task retake --video CLIP --between 0,2", ["--between 0,2", "1 to 24 frames", "--frames"]),
+        ("--task retake --video CLIP --between 0,1 --strength 2", ["2", "[0, 1]"]),
+        ("--task retake --video CLIP --between 0,1 --frames 37", ["a clip of 33 frames", "at least 37"]),
+        ("--task retake --video CLIP --between 0,a", ["got --between 0,a", "numbers with commas"]),
+        ("--task keyframes --video CLIP --at 0", ["a whole clip for keyframes", "a.mp4@0-12"]),
+        ("--task keyframes --video CLIP@0-9 --at 0", ["got 10 frames", "4k+1"]),
+        ("--task keyframes --video CLIP@9-0 --at 0", ["frames 9 to 0", "the first before the last"]),
+        ("--task keyframes --video CLIP@30-34 --at 0", ["a clip of 3 frames", "at least 5"]),
+        ("--task keyframes --video CLIP@40-44 --at 0", ["00000.mp4@40-44 ends before those frames"]),
         ("--task t2v --out OUT/a.avi", ["a.avi", ".mp4 or .gif"]),
         ("--task t2v --model none", ["got none as a model", "expected a folder"]),
     ],
@@ -1200,6 +1521,64 @@ def test_a_dry_run_of_a_record_stays_one(run, made, tmp_path):
     result = call(sample, *flags)
     assert result.status == 0 and "step |" in result.out
     assert made() == ["a.json", "a.mp4", "a.png"]
+
+
+def test_flags_beside_a_record_win_and_are_told(run, model, tmp_path):
+    assert run("--task", "extend", "--seed", 3, "--preset", "lightx2v", "--seconds", 1.5).status == 0
+    record = tmp_path / "out" / "a.json"
+
+    def again(*flags):
+        result = call(sample, "--from-json", record, "--out", tmp_path / "out" / "b.mp4", "--overwrite", *flags)
+        assert result.status == 0, result.err
+        return _settings(tmp_path / "out" / "b.json"), result.err
+
+    first = _settings(record) | {"out": str(tmp_path / "out" / "b.mp4")}
+    settings, err = again("--seed", 0, "--guidance", 1.5)  # 0 is the default, and wins nevertheless
+    assert settings == first | {"seed": 0, "guidance": 1.5}
+    assert f"settings: those of {record}, except for --seed, --guidance" in err
+    settings, err = again()
+    assert settings == first and "except" not in err
+    own = str(model / "lora.safetensors")
+    assert again("--seconds", 1)[0] == first | {"frames": 17}
+    assert again("--no-lora")[0] == first | {"lora": [], "no_lora": True}
+    assert again("--lora", own, f"{own}:0.5")[0] == first | {"lora": [f"{own}:1", f"{own}:0.5"]}
+    assert again("--preset", "wan", "--steps", 2)[0] == first | {"preset": "wan", "steps": 2, "shift": 8, "guidance": 6}
+    assert again("--task", "restyle")[0] == first | {"task": "restyle", "noise": None}
+    mistake(call(sample, "--from-json", record, "--guidance", -1), "got --guidance -1")
+
+
+def test_words_that_the_model_does_not_know_are_listed_once(run):
+    result = run("--task", "t2v", "--prompt", "a Cat, a red cat and a beach moving left", "--negative-prompt", "a dog")
+    assert result.status == 0 and "cat, beach are unknown to this model" in result.err.splitlines()
+    assert "unknown" not in run("--task", "t2v", "--prompt", "a red circle", out="b.mp4").err
+
+
+def test_the_default_model_and_its_examples_lie_beside_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(records, "EXAMPLES", Path("clips"))
+    monkeypatch.setattr(checkpoint, "_download", None)
+    result = call(sample, "--task", "i2v", "--dry-run", "--dtype", "float32")
+    assert result.status == 0, result.err
+    config, opened = sample.prepare(SampleConfig("extend"))
+    assert Path(config.video[0]).is_file() and Path(config.lora[0].rpartition(":")[0]).is_file() and config.prompt
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_there(run, made, tmp_path):
+    """No file may grow beyond 4 kB, as if the disk had no more room."""
+    resource = pytest.importorskip("resource")
+    assert run("--task", "extend").status == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        results = [run("--task", "extend", "--seed", 1, *flags, out=out) for out, flags in (
+            ("a.mp4", ["--overwrite"]), ("b.mp4", []), ("c.gif", []),
+        )]  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for result, name in zip(results, ("a.mp4", "b.mp4", "c.gif"), strict=True):
+        mistake(result, f"cannot write {tmp_path / 'out' / name}, as the disk is full", "make room")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_resolving_again_changes_nothing(model):

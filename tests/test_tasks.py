@@ -28,6 +28,7 @@ M = {  # by hand, on 9 latent frames
     "keyframes": [0.2, 1, 1, 1, 0.2, 1, 1, 1, 0.2],
     "loop": [0.2, 1, 1, 1, 1, 1, 1, 1, 0.4],
     "restyle": [0.7] * 9,
+    "retake": [0, 0, 0, 0.7, 0.7, 0.7, 0, 0, 0],
     "stream": [1, 1, 1, 1, 1, 1, 1, 1, 1],
 }
 GIVEN = {  # which part of which input, where, how many pixel frames of it, latents to drop
@@ -41,12 +42,14 @@ GIVEN = {  # which part of which input, where, how many pixel frames of it, late
     "keyframes": [Slot("image", 0, (0,), 1, 0), Slot("image", 1, (4,), 5, 1), Slot("image", 2, (8,), 5, 1)],
     "loop": [Slot("image", 0, (0,), 1, 0), Slot("image", 0, (8,), 5, 1)],
     "restyle": [Slot("head", 0, tuple(range(9)), 33, 0)],
+    "retake": [Slot("head", 0, tuple(range(9)), 33, 0)],
     "stream": [],
 }
 
 
 def _plan(name, F=9, **settings):
-    return plan(name, F, at=(0, 4, 8) if name == "keyframes" else (), **settings)
+    stretch = (9, 21) if name == "retake" else None
+    return plan(name, F, at=(0, 4, 8) if name == "keyframes" else (), stretch=stretch, **settings)
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -115,6 +118,24 @@ def test_noise_and_counts_of_the_users_own():
     assert _plan("transition", noise=(0, 0, 0)).given[1] == Slot("head", 1, (7, 8), 9, 1)
     assert plan("keyframes", 9, images=2, at=(7, 2), noise=(0, 0.5)).m[[7, 2]].tolist() == [0, 0.5]
     assert _plan("restyle", strength=0.25).m.tolist() == [0.25] * 9
+
+
+def test_clips_and_images_are_keyframes():
+    m, _, given = plan("keyframes", 21, images=1, videos=2, at=(8, 0, 15), lengths=(13, 9), noise=(0.2,))
+    assert given == [
+        Slot("image", 0, (8,), 5, 1), Slot("head", 0, (0, 1, 2, 3), 13, 0), Slot("head", 1, (15, 16), 9, 1)
+    ]  # fmt: skip
+    assert [i for i, noise in enumerate(m.tolist()) if noise < 1] == [0, 1, 2, 3, 8, 15, 16]
+    many = plan("keyframes", 9, images=0, videos=1, at=(3,), lengths=(9,), noise=(0.1, 0.3))
+    assert many.m.tolist() == pytest.approx([1, 1, 1, 0.1, 0.3, 1, 1, 1, 1])
+
+
+def test_a_stretch_is_made_again_in_every_latent_that_it_touches():
+    def m(first, end):
+        return plan("retake", 9, stretch=(first, end), strength=0.8).m.tolist()
+
+    assert m(0, 1) == pytest.approx([0.8] + [0] * 8) and m(1, 2) == pytest.approx([0, 0.8] + [0] * 7)
+    assert m(4, 9) == pytest.approx([0, 0.8, 0.8] + [0] * 6) and m(0, 33) == pytest.approx([0.8] * 9)
 
 
 def test_cut_takes_only_what_the_user_has():
@@ -190,10 +211,14 @@ def test_command_prints_and_draws_every_task(tmp_path):
         (lambda: plan("start-end", 1), "got 1 latent frames for start-end, .* at least --frames 9"),
         (lambda: plan("keyframes", 9), "got 0 positions"),
         (lambda: plan("keyframes", 9, images=3, at=(0, 4)), "got 2 positions, expected one for each image"),
-        (lambda: plan("keyframes", 9, at=(0, 9)), "got position 9, expected 0 to 8"),
-        (lambda: plan("keyframes", 9, at=(0, -1)), "got position -1"),
+        (lambda: plan("keyframes", 9, images=1, at=(0, 4, 6), lengths=(5,)), "got 3 positions, expected one for each"),
+        (lambda: plan("keyframes", 9, at=(0,), lengths=(10,)), "got 10 frames, expected 4k.1"),
+        (lambda: plan("keyframes", 9, at=(0, 2), lengths=(13, 5)), r"got positions \[0, 1, 2, 3, 2\], .* only once"),
+        (lambda: plan("keyframes", 9, at=(7,), lengths=(13,)), r"got positions \[7, 8, 9\], .* 0 to 8"),
+        (lambda: plan("keyframes", 9, at=(0, 9)), r"got positions \[0, 9\], expected each only once, and 0 to 8"),
+        (lambda: plan("keyframes", 9, at=(0, -1)), r"got positions \[0, -1\]"),
         (lambda: plan("keyframes", 9, at=(4, 4)), r"got positions \[4, 4\], expected each only once"),
-        (lambda: plan("stream", 9, stagger=1.5), "got stagger 1.5"),
+        (lambda: tau_schedule([1.0] * 9, 4, 5.0, plan("stream", 9, stagger=1.5).d), "got delay 1 for latent frame 6"),
         (lambda: tasks.latent_frames(34), "got 34 frames, expected 4k.1 .* nearest are 33 and 37"),
         (lambda: tasks.latent_frames(32), "nearest are 29 and 33"),
         (lambda: tasks.latent_frames(0), "nearest are 1 and 5"),

@@ -233,6 +233,12 @@ def test_truncation_keeps_the_end_token_and_padding_is_masked(tmp_path):
     assert mask.sum(1).tolist() == [6, 3, 1] and torch.equal(mask, ids != 0)
 
 
+def test_words_without_a_token_are_told(tmp_path):
+    write_tokenizer(tmp_path, text_len=8)
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json", text_len=8)
+    assert tokenizer.unknown(["a Cat, slowly!", "the cat", "a red circle"]) == ["cat", "the"]
+
+
 def test_tokenizer_mistakes_are_sentences(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer at"):
         Tokenizer(tmp_path / "tokenizer.json", 8)

@@ -45,7 +45,7 @@ VAE_FILE, TEXT_FILE = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 
 @dataclass(frozen=True)
 class Preset:
-    """How a model is best sampled: what its weights do not say. The defaults are those of Wan2.1-T2V-1.3B."""
+    """How a model is best sampled: what its weights do not say. The defaults are Pusa's for Wan2.1-T2V-1.3B."""
 
     size: tuple[int, int] = (832, 480)  # width and height in pixels
     frames: int = 81
@@ -55,10 +55,10 @@ class Preset:
     guidance: float = 3.0
     history_guidance: float = 1.0  # away from the video without its conditions; 1: off
     noise: float | None = None  # m of every condition; None: the default of each task
-    strength: float = 1.4  # of a LoRA for which the user names none
+    strength: float = 1.0  # of the LoRA in the model's own folder
     boundary: float = 0.875  # with two experts, the low-noise one takes the steps where every frame's tau is below this
     guidance_2: float | None = None  # guidance of the low-noise expert; None: the same
-    negative_prompt: str = (
+    negative_prompt: str = (  # a paraphrase: neither Wan's nor the official Pusa's
         "oversaturated, overexposed, static, blurry details, subtitles, style, painting, picture, still, grey overall, "
         "worst quality, low quality, JPEG artifacts, ugly, incomplete, extra fingers, badly drawn hands and faces, "
         "deformed, disfigured, malformed limbs, fused fingers, motionless, cluttered background, walking backwards"
@@ -74,6 +74,17 @@ SMALL, LARGE, TWO_EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "
 # Where their transformers differ from the defaults of `model.WanConfig`; VAE and text encoder are those of all three.
 _OF_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 SIZES = {SMALL: {}, LARGE: _OF_14B, TWO_EXPERTS: _OF_14B}
+# What `--preset` puts in their place: what Wan publishes, and what LoRAs that distil many steps into few ask for.
+PRESETS = {
+    "wan": {
+        SMALL: {"steps": 50, "shift": 8.0, "guidance": 6.0},
+        LARGE: {"steps": 50, "shift": 5.0, "guidance": 5.0},
+        TWO_EXPERTS: {"steps": 40, "shift": 12.0, "guidance": 4.0, "guidance_2": 3.0},
+    },
+    "lightx2v": dict.fromkeys((SMALL, LARGE, TWO_EXPERTS), {"steps": 4, "shift": 5.0, "guidance": 1.0}),
+}
+# The noise of conditions, as of `--noise`, where Pusa publishes another for a model than its default for the task.
+NOISE = {TWO_EXPERTS: {"extend": "0.2,0.4,0.4,0.4", "start-end": "0.2,0.5"}}
 
 
 class Part(NamedTuple):
@@ -171,7 +182,8 @@ def open(name: str | Path, network: type[nn.Module], rehearsal: bool = False) ->
     and its weights when their part is asked for. For a rehearsal, which measures and loads nothing, the published
     models need no network. ValueError if there is no such model, or it is no text-to-video model.
     """
-    path, repository = Path(name), None
+    path, repository, here = Path(name), None, Path(__file__).parent.parent / name
+    path = here if not path.exists() and here.is_dir() else path  # the embedded model lies beside the code
     if not (path.is_dir() or (path.is_file() and path.suffix == ".safetensors")):
         is_file_name = path.exists() or path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".gguf")
         if is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
@@ -224,6 +236,20 @@ class Opened:
             if fits(value, float) and not least <= value <= greatest:
                 raise ValueError(f"{path} has {name} {value}, expected {least:g} to {greatest:g}; mend or remove it")
         return replace(preset, **{**entries, "size": tuple(entries.get("size", preset.size))})
+
+    def settings(self, preset: str | None, task: str, guidance: float | None = None) -> dict[str, Any]:
+        """The settings of sampling that are left to the model, by name.
+
+        preset: one of `PRESETS`, which changes steps, shift and guidance alone. guidance: the user's, which is then for
+        both of two experts. `noise` is None where it is the task's own.
+        """
+        noise = None if self.preset.noise is None else f"{self.preset.noise:g}"
+        values = asdict(self.preset) | {"noise": noise or NOISE.get(self.published, {}).get(task)}
+        values |= {"guidance_2": None, **PRESETS[preset][self.published]} if preset else {}
+        if not self.two_experts:
+            return values | {"boundary": None, "guidance_2": None}
+        own = guidance is None and values["guidance_2"] is not None
+        return values | ({} if own else {"guidance_2": values["guidance"] if guidance is None else guidance})
 
     @cached_property
     def published(self) -> str:

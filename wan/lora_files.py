@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -148,6 +149,48 @@ def parse_entry(entry: str) -> tuple[str, str, float | None]:
         return expert, rest, None
 
 
+# The keys of the files that Pusa's authors publish: ten layers in each block, of rank 512, without alpha.
+_PUSA = re.compile(
+    r"(?:diffusion_model\.)?blocks\.(\d+)\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])\.lora_([AB])(?:\.default)?\.weight"
+)
+
+
+def usual_strength(path: Path | str, expert: str = "") -> float:
+    """The strength to merge a LoRA at if the user names none: 1, but for Pusa's published files 1.4.
+
+    expert: which of Wan2.2's two it is for; Pusa's is merged into the high-noise one at 1.5. Pusa's files are known by
+    what is in them. A file that says its rank in the metadata, as ours do, is of somebody else.
+    """
+    stored, metadata = files.stored([existing(path)]), {}
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    known = {name: _PUSA.fullmatch(name) for name in stored}
+    if not all(known.values()) or "rank" in metadata:
+        return 1.0
+    ranks = {stored[name].shape[:2][key[2] == "B" :][:1] for name, key in known.items()}  # A (rank, in), B (out, rank)
+    whole = len(stored) == 2 * 10 * len({key[1] for key in known.values()}) > 0
+    return 1.0 if not whole or ranks != {(512,)} else 1.5 if expert == "high" else 1.4
+
+
+def with_strengths(entries: Iterable[str], own: Path, strength: float) -> tuple[str, ...]:
+    """[high=|low=]PATH:STRENGTH of each LoRA. Without a strength, the model's `own` file has this, others the usual."""
+    found = []
+    for entry in entries:
+        expert, path, given = parse_entry(entry)
+        is_own = existing(path) and own.exists() and own.samefile(path)
+        usual = None if given is not None else strength if is_own else usual_strength(path, expert)
+        found.append(entry if usual is None else f"{entry}:{usual:g}")
+    return tuple(found)
+
+
+def existing(path: Path | str) -> Path:
+    """The path of a LoRA file. ValueError if there is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
+    return Path(path)
+
+
 def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = False) -> None:
     """Write the LoRA of a file in another layout of `LAYOUTS`, with its metadata. ValueError if `path` will not do."""
     if Path(path).suffix != ".safetensors":
@@ -190,9 +233,7 @@ def inspect(path: Path | str, model: str | None, network: type[nn.Module]) -> No
 
 def _read(path: Path) -> tuple[LoRA, list[str], dict[str, str]]:
     """The LoRA in a file, the keys of its tensors there, and its metadata if it is safetensors."""
-    if not path.is_file():
-        raise ValueError(f"no LoRA file at {path}; give the path of a .safetensors or .pt file")
-    if path.suffix not in (".safetensors", ".pt", ".pth", ".bin"):
+    if existing(path).suffix not in (".safetensors", ".pt", ".pth", ".bin"):
         raise ValueError(f"got the LoRA file {path}, expected its name to end in .safetensors, .pt, .pth or .bin")
     metadata = {}
     try:

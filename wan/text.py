@@ -187,6 +187,15 @@ class Tokenizer:
         ids = torch.tensor([encoding.ids for encoding in encodings])
         return ids, torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
 
+    def unknown(self, prompts: Iterable[str]) -> list[str]:
+        """The words of prompts for which the model has no token, each once."""
+        words, unknown = {}, self.tokenizer.token_to_id(UNKNOWN)
+        for prompt in map(clean, prompts):
+            encoding = self.tokenizer.encode(prompt)
+            spans = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == unknown]
+            words |= dict.fromkeys(prompt[start:end].strip().lower() for start, end in spans)
+        return [word for word in words if any(map(str.isalnum, word))]
+
 
 def embed(tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: list[str]) -> Tensor:
     """What the transformer attends to: B prompts → (B,text_len,dim), on the encoder's device."""
