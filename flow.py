@@ -11,7 +11,7 @@ From "PUSA V1.0", arXiv 2507.16116. No model is needed here: a velocity is any f
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -111,29 +111,3 @@ def _per_frame(tau: Tensor, x: Tensor) -> Tensor:
     if tau.dim() != 2 or tau.shape[0] not in (1, B) or tau.shape[1] != F:
         raise ValueError(f"got tau {tuple(tau.shape)} for x {tuple(x.shape)}, expected ({B}, {F}): one level a frame")
     return tau[:, None, :, None, None]
-
-
-def roll(
-    velocity: Velocity, made: list[Tensor], noise: Iterator[Tensor], window: int, recent: int, K: int, shift: float,
-    anchor: bool = True,
-) -> Iterator[Tensor]:  # fmt: skip
-    """Denoise frames without end, on one ramp of noise levels, and yield each (B,C,1,H,W) as it reaches 0.
-
-    made: clean frames to go on from, oldest first, or none; noise: x1 of each further frame, without end. The network
-    sees `window` frames at a time: the first of all as an anchor, the `recent` newest that are done, and those on the
-    ramp, each noisier than the one before. A frame takes K steps, or a few more. Rolling Forcing, arXiv
-    2509.25161; the anchor is the frame sink of LongLive, arXiv 2509.22622.
-    """
-    flight: list[Tensor] = []  # frames on the ramp, and behind them others that wait as pure noise
-    depth = window - anchor - recent
-    apart, k = math.ceil(K / depth), 0  # steps from one frame's turn to the next; steps since the first one's turn
-    while True:
-        made = made[:anchor] + made[max(anchor, len(made) - recent) :]  # older ones are not needed
-        flight += [next(noise) for _ in range(window - len(made) - len(flight))]
-        u = 1 - ((torch.tensor([k, k + 1])[:, None] / apart - torch.arange(len(flight))) / depth).clamp(0, 1)
-        taus = torch.cat([torch.zeros(2, len(made)), shifted(u, shift)], dim=1)
-        z = euler(velocity, torch.cat(made + flight, dim=2), taus)
-        flight, k = list(z[:, :, len(made) :].split(1, dim=2)), k + 1
-        if k == apart * depth:
-            made, k = [*made, flight.pop(0)], k - apart
-            yield made[-1]

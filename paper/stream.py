@@ -1,4 +1,4 @@
-"""Beyond the paper: a stream that remembers. One ramp of noise levels that never restarts (`flow.roll`), any length.
+"""Beyond the paper: a stream that remembers. One ramp of noise levels that never restarts (`roll`), any length.
 
 Measured against windows that restart, each conditioned on the end of the one before, over thirty seconds that go on
 from thirteen given frames, so that the truth is exact: at each second, whether the shapes have their colours, shapes
@@ -6,6 +6,7 @@ and sizes, how far they are from where they must be, and how far the background 
 """
 
 import math
+from collections.abc import Iterator
 from functools import cache, partial
 from itertools import count, islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from toy import world
 from toy.judge import centroid_errors
 
 SECONDS = (1, 2, 4, 8, 15, 22, 30)
-# Arguments of `flow.roll`: how many recent frames are seen, and whether the first is.
+# Arguments of `roll`: how many recent frames are seen, and whether the first is.
 METHODS = {
     "windows": None, "ramp, 4 and the first": (4, True), "ramp, 6 and the first": (6, True), "ramp, 5": (5, False),
 }  # fmt: skip
@@ -72,7 +73,7 @@ def generate(
     lab: Lab, network: Wan, how: tuple[int, bool] | None, truth: Tensor, led: tuple[Tensor, Tensor, float],
     generator: Generator,
 ) -> Tensor:  # fmt: skip
-    """Latents (B, 16, F, H, W) that go on from the first GIVEN of the true clips, by `flow.roll` or by windows."""
+    """Latents (B, 16, F, H, W) that go on from the first GIVEN of the true clips, by `roll` or by windows."""
     vae, preset, window = lab.judge.vae, lab.judge.preset, 9
     height, width = truth.shape[3] // 8, truth.shape[4] // 8
 
@@ -83,7 +84,7 @@ def generate(
     if how is not None:
         start, noise = vae.encode(known), (draw(1) for _ in count())
         recent, anchor = how
-        rolled = flow.roll(velocity, list(start.split(1, 2)), noise, window, recent, preset.steps, preset.shift, anchor)
+        rolled = roll(velocity, list(start.split(1, 2)), noise, window, recent, preset.steps, preset.shift, anchor)
         return torch.cat([start, *islice(rolled, F - GIVEN)], dim=2)
     plan, made = tasks.plan("stream", window, videos=1), None
     steps = math.ceil(preset.steps / (1 - plan.d.max().item()) - 1e-6)
@@ -95,6 +96,32 @@ def generate(
         z = flow.denoise(velocity, x0, x1, taus)
         made = z if made is None else sample.joined(made, z, job)
     return made
+
+
+def roll(
+    velocity: flow.Velocity, made: list[Tensor], noise: Iterator[Tensor], window: int, recent: int, K: int,
+    shift: float, anchor: bool = True,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Denoise frames without end, on one ramp of noise levels, and yield each (B,C,1,H,W) as it reaches 0.
+
+    made: clean frames to go on from, oldest first, or none; noise: x1 of each further frame, without end. The network
+    sees `window` frames at a time: the first of all as an anchor, the `recent` newest that are done, and those on the
+    ramp, each noisier than the one before. A frame takes K steps, or a few more. Rolling Forcing, arXiv
+    2509.25161; the anchor is the frame sink of LongLive, arXiv 2509.22622.
+    """
+    flight: list[Tensor] = []  # frames on the ramp, and behind them others that wait as pure noise
+    depth = window - anchor - recent
+    apart, k = math.ceil(K / depth), 0  # steps from one frame's turn to the next; steps since the first one's turn
+    while True:
+        made = made[:anchor] + made[max(anchor, len(made) - recent) :]  # older ones are not needed
+        flight += [next(noise) for _ in range(window - len(made) - len(flight))]
+        u = 1 - ((torch.tensor([k, k + 1])[:, None] / apart - torch.arange(len(flight))) / depth).clamp(0, 1)
+        taus = torch.cat([torch.zeros(2, len(made)), flow.shifted(u, shift)], dim=1)
+        z = flow.euler(velocity, torch.cat(made + flight, dim=2), taus)
+        flight, k = list(z[:, :, len(made) :].split(1, dim=2)), k + 1
+        if k == apart * depth:
+            made, k = [*made, flight.pop(0)], k - apart
+            yield made[-1]
 
 
 def right(scenes: list[world.Scene], readings: world.Readings, kind: str) -> Tensor:
