@@ -103,5 +103,5 @@ def rows(lab: Lab) -> list[Row]:
             holds = lost < POINTS + lab.spread(before, median=False) + lab.spread(after, median=False)
         found.append(Row(f"{LABELS.get(task, task)}: given {TASKS[task].given}", "examples, no figure", ours, holds))
     good = [row.claim.partition(":")[0] for row in found if row.holds]
-    ours = f"better than the base, or as good where it is good: {len(good)} of {len(found)} ({'; '.join(good)})"
+    ours = f"good in {len(good)} of {len(found)}: {', '.join(good) or 'none'}"
     return [Row("tasks that nothing was trained for", "examples, no figure", ours, len(good) == len(found)), *found]
