@@ -74,7 +74,7 @@ def draw(lab: Lab, path: Path | str) -> None:
             middle, spread = ([of(name, median=False) for name in names] for of in (lab.middle, lab.spread))
             axes.errorbar(strengths(lab), middle, spread, color=plots.COLOURS[0], marker="o", markersize=4)
             axes.axhline(middle[0], color=plots.GREY, linestyle=":", linewidth=1)
-            axes.set(title=told, xlabel="strength of the LoRA", ylim=(0, 1.1 * max(middle)))
+            axes.set(title=told, xlabel="strength of the LoRA", ylim=(0, 1.1 * max(middle) or 1))
             axes.grid(axis="y")
         for pattern, colour in zip((EQUAL, CLEAN), plots.COLOURS, strict=False):
             values = [lab.middle(f"change at {t:g}: {pattern}") for t in lab.few(LEVELS)]
