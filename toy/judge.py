@@ -54,15 +54,15 @@ class Judge:
 
     @torch.no_grad()
     def latents(
-        self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings: float
-    ) -> Tensor:
+        self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None,
+        plan: tasks.Plan | None = None, **settings: float,
+    ) -> Tensor:  # fmt: skip
         """Latents (B, 16, F, H, W) of every scene by a task, which is given what it needs of the true clips.
 
-        taus: noise levels (K+1, F) in place of the task's own, with all conditions clean. settings: those of the
-        preset's steps, shift, guidance and history_guidance that are to be others.
+        taus, plan: noise levels (K+1, F) and plan in place of the task's own, with all conditions clean. settings:
+        those of the preset's steps, shift, guidance and history_guidance that are to be others.
         """
-        preset = dataclasses.replace(self.preset, **settings)
-        plan = self.plan(task)
+        preset, plan = dataclasses.replace(self.preset, **settings), plan or self.plan(task)
         taus = tasks.tau_schedule(plan.m, preset.steps, preset.shift, plan.d) if taus is None else taus
         given = [position for slot in plan.given for position in slot.positions]
         generator, made = torch.Generator().manual_seed(seed), []
@@ -79,10 +79,11 @@ class Judge:
 
     @torch.no_grad()
     def videos(
-        self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None, **settings: float
-    ) -> Tensor:
+        self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None,
+        plan: tasks.Plan | None = None, **settings: float,
+    ) -> Tensor:  # fmt: skip
         """The clips (B, 3, N, 64, 64) of `latents`, in [-1, 1]."""
-        latents = self.latents(network, task, seed, taus, **settings)
+        latents = self.latents(network, task, seed, taus, plan, **settings)
         return torch.cat([self.vae.decode(part).float() for part in latents.split(self.batch)])
 
     @staticmethod
