@@ -1,5 +1,7 @@
 """paper/efficiency.py and paper/i2v.py: the rivals of a LoRA do what they are said to do, and budgets are compared."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small import model_fixture, opened  # noqa: F401 (a fixture)
@@ -60,7 +62,7 @@ def test_the_finetune_goes_on_where_it_was_stopped(base, tmp_path):
 
     def trained(steps, state):
         network = i2v.widened(base).requires_grad_()
-        i2v._train(network, data, steps, state, "cpu", every=2)
+        i2v._train(network, data, steps, 1e-3, state, "cpu", every=2)
         return network.state_dict()
 
     whole = trained(4, tmp_path / "a.pt")
@@ -84,6 +86,16 @@ def test_the_finetune_goes_on_where_it_was_stopped(base, tmp_path):
     assert torch.load(tmp_path / "b.pt", weights_only=True)["step"] == 2
     again = trained(4, tmp_path / "b.pt")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_learning_rate_is_the_one_with_the_lowest_loss_and_is_tried_once(tmp_path, monkeypatch):
+    bench, tried = SimpleNamespace(config=lab.Config(work=str(tmp_path)), device="cpu"), []
+    monkeypatch.setattr(i2v, "_trained", lambda bench, steps, rate, state: (tried.append((steps, rate)) or rate, 0.0))
+    monkeypatch.setattr(i2v, "_clips", lambda bench, held_out: (held_out,))
+    losses = {3e-4: 2.0, 1e-3: 1.0, 3e-3: float("nan")}
+    monkeypatch.setattr(i2v, "_loss", lambda rate, held_out, draw: torch.tensor(losses[rate]))
+    assert i2v.learning_rate(bench) == i2v.learning_rate(bench) == 1e-3
+    assert tried == [(i2v.TRIAL, rate) for rate in i2v.RATES]
 
 
 @pytest.mark.parametrize("goal, budget", [(4, 100), (3, 100 * 2**0.5), (2, 200), (1, 400), (9, 50)])
