@@ -43,7 +43,7 @@ def _window(layers: int) -> int:
     with torch.device("meta"):
         transformer = Wan(replace(MODEL, num_layers=layers))
     train.trainable(transformer, train.TrainConfig(rank=RANK))
-    train.recompute_blocks(transformer)
+    transformer.recompute_blocks()
     return cost.window_flops(transformer, LATENTS)
 
 
