@@ -27,6 +27,7 @@ from toy.judge import as_prompted
 TITLE = "{} learns image-to-video from the fewest clips"
 PUSA, FINETUNE = "Pusa's LoRA", "I2V finetune"
 CLAMPED, REPLACED = "base, first frame at τ = 0", "base, first frame put back"
+T2V = "base", PUSA, f"{PUSA}, longest", FINETUNE
 LATENTS = 16, 9, world.SIDE // 8, world.SIDE // 8
 
 
@@ -44,10 +45,8 @@ def measure(lab: Lab) -> None:
         error(f"{PUSA}, {steps} steps", partial(_pusa, lab, steps))
     for steps in reversed(lab.few(i2v.BUDGETS)):
         error(f"{FINETUNE}, {steps} steps", partial(i2v.finetuned, lab, steps), flat)
-    for name, make in (
-        ("base", lab.judge.transformer), (PUSA, lab.pusa), (f"{PUSA}, longest", partial(_pusa, lab, BUDGETS[-1])),
-        (FINETUNE, partial(i2v.finetuned, lab)),
-    ):  # fmt: skip
+    ways = lab.judge.transformer, lab.pusa, partial(_pusa, lab, BUDGETS[-1]), partial(i2v.finetuned, lab)
+    for name, make in zip(T2V, ways, strict=True):
         lab.figure(f"T2V: {name}", partial(text_to_video, lab, cache(make)))
 
 
@@ -134,7 +133,7 @@ def rows(lab: Lab) -> list[Row]:
         holds = True if min(times) > 1 else False if max(times) < 1 else None
         return f"the {FINETUNE} needs {told} times the {what}, both at {goal:.1f} px", holds
 
-    kept = ", ".join(f"{name} {lab.told(f'T2V: {name}', '%', median=False)}" for name in ("base", PUSA, FINETUNE))
+    kept = ", ".join(f"{name} {lab.told(f'T2V: {name}', '%', median=False)}" for name in T2V)
     return [
         Row("I2V quality for fewer clips", "at most 1/2500 of them", *compared("clips", 1.0)),
         Row("I2V quality at less cost", "at most 1/200 of it", *compared("operations", dearer)),

@@ -7,7 +7,7 @@ import torch
 from small import model_fixture, opened  # noqa: F401 (a fixture)
 
 import flow
-from paper import efficiency, i2v, lab
+from paper import efficiency, i2v, lab, price, quality
 from support import cost
 
 F, GIVEN = 7, [0, 6]
@@ -131,6 +131,32 @@ def test_the_ratio_is_taken_at_the_lowest_error_that_both_reach():
     each, goal, bound = efficiency.ratios(_Lab([9, 9, 9, 9, 9, 9, 9, 4], falling))
     assert (each, goal, bound) == ([640 / 3200] * 2, 4, False), "here the finetune needs a fifth"
     assert efficiency.ratios(_Lab([2] * 8, falling[:-1] + [3]))[2], "it may have been there before its first budget"
+
+
+class _Measured(lab.Lab):
+    """Takes down which figures a claim asks for, each with values around a number of its own."""
+
+    def figure(self, name, values):
+        level = 10 + len(self.figures)
+        self.figures[name] = [[level - 0.1 * seed] * 3 for seed in self.seeds]
+
+
+@pytest.mark.parametrize("claim", [efficiency, quality, price])
+def test_a_claim_tells_and_draws_what_it_measures(claim, model, tmp_path, monkeypatch):
+    """Nothing is sampled, trained or loaded to find out which figures there are."""
+    monkeypatch.setattr(efficiency, "LATENTS", (16, 3, 4, 4))
+    bench = _Measured(lab.Config(model=str(model), results=str(tmp_path), work=str(tmp_path)), "claim")
+    bench.judge = SimpleNamespace(preset=bench.opened.preset, transformer=print, truth=None)
+    claim.measure(bench)
+    asked = []
+    monkeypatch.setattr(
+        _Measured, "each", lambda self, name, *more: asked.append(name) or lab.Lab.each(self, name, *more)
+    )
+    assert all(row.claim and row.ours for row in claim.rows(bench))
+    claim.draw(bench, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert bench.figures.keys() == set(asked), "all that is measured is told or drawn"
+    assert not (tmp_path / "i2v").exists()
 
 
 def test_operations_are_counted_with_what_is_trained(model):
