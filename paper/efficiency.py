@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 import train
 from paper import i2v
-from paper.lab import BATCH, BUDGETS, RANK, STEPS, Lab, Row
-from support import cli, cost, plots
+from paper.lab import BATCH, BUDGETS, RANK, STEPS, Lab, Row, page
+from support import cost, plots
 from toy import world
 from toy.judge import as_prompted
 
 TITLE = "{} learns image-to-video from the fewest clips"
 PUSA, FINETUNE = "Pusa's LoRA", "I2V finetune"
 CLAMPED, REPLACED = "base, first frame at τ = 0", "base, first frame put back"
+T2V = "base", PUSA, f"{PUSA}, longest", FINETUNE
 LATENTS = 16, 9, world.SIDE // 8, world.SIDE // 8
 
 
@@ -44,10 +45,8 @@ def measure(lab: Lab) -> None:
         error(f"{PUSA}, {steps} steps", partial(_pusa, lab, steps))
     for steps in reversed(lab.few(i2v.BUDGETS)):
         error(f"{FINETUNE}, {steps} steps", partial(i2v.finetuned, lab, steps), flat)
-    for name, make in (
-        ("base", lab.judge.transformer), (PUSA, lab.pusa), (f"{PUSA}, longest", partial(_pusa, lab, BUDGETS[-1])),
-        (FINETUNE, partial(i2v.finetuned, lab)),
-    ):  # fmt: skip
+    ways = lab.judge.transformer, lab.pusa, partial(_pusa, lab, BUDGETS[-1]), partial(i2v.finetuned, lab)
+    for name, make in zip(T2V, ways, strict=True):
         lab.figure(f"T2V: {name}", partial(text_to_video, lab, cache(make)))
 
 
@@ -104,14 +103,9 @@ def ratios(lab: Lab) -> tuple[list[float], float, bool]:
 
 def draw(lab: Lab, path: Path) -> None:
     """Error over clips seen and over operations, both ways, with the two that need no training as lines."""
-    from matplotlib import figure, style
-
     each, operations = ratios(lab)[0], flops(lab)
     first = PUSA if min(each) > 1 else f"The {FINETUNE}" if max(each) < 1 else "Neither way"
-    with style.context([*plots.STYLE, {"font.size": 11}]):
-        sheet = figure.Figure(figsize=(8, 4.4), layout="constrained", dpi=150)
-        sheet.suptitle(TITLE.format(first), x=0.01, ha="left", fontsize=14, color="#222222")
-        seen, spent = sheet.subplots(1, 2, sharey=True)
+    with page(path, TITLE.format(first), (1, 1), height=4.2) as (seen, spent):
         for (way, steps), colour in zip(budgets(lab).items(), plots.COLOURS, strict=False):
             names, clips = [f"{way}, {n} steps" for n in steps], [n * BATCH for n in steps]
             errors, spreads = [lab.middle(name) for name in names], [lab.spread(name) for name in names]
@@ -120,12 +114,10 @@ def draw(lab: Lab, path: Path) -> None:
         for axes, label in ((seen, "clips seen in training"), (spent, "operations of training, FLOP")):
             for name, line in ((CLAMPED, "--"), (REPLACED, ":")):
                 axes.axhline(lab.middle(name), color=plots.GREY, linestyle=line, linewidth=1.2, label=name)
-            axes.set(xscale="log", xlabel=label)
+            axes.set(xscale="log", xlabel=label, ylim=(0, None))
             axes.grid(axis="y")
-        seen.set(ylim=(0, None), ylabel="I2V error, px (median of scenes)")
-        sheet.legend(*seen.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        with cli.replacing(path) as temporary:
-            sheet.savefig(temporary)
+        seen.set_ylabel("I2V error, px (median of scenes)")
+        seen.figure.legend(*seen.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def rows(lab: Lab) -> list[Row]:
@@ -141,7 +133,7 @@ def rows(lab: Lab) -> list[Row]:
         holds = True if min(times) > 1 else False if max(times) < 1 else None
         return f"the {FINETUNE} needs {told} times the {what}, both at {goal:.1f} px", holds
 
-    kept = ", ".join(f"{name} {lab.told(f'T2V: {name}', '%', median=False)}" for name in ("base", PUSA, FINETUNE))
+    kept = ", ".join(f"{name} {lab.told(f'T2V: {name}', '%', median=False)}" for name in T2V)
     return [
         Row("I2V quality for fewer clips", "at most 1/2500 of them", *compared("clips", 1.0)),
         Row("I2V quality at less cost", "at most 1/200 of it", *compared("operations", dearer)),

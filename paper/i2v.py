@@ -10,6 +10,8 @@ the latents of grey frames.
 """
 
 import dataclasses
+import json
+import math
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +30,7 @@ from support import cli
 from toy import world
 
 BUDGETS = (40, 80, 160, 320, 640, 1280, 2560, 4000)  # optimizer steps of its trainings, from 1/100 of all to all
-LEARNING_RATE = 3e-4
+RATES, TRIAL = (3e-4, 1e-3, 3e-3), 640  # learning rates, and the steps after which the best of them is chosen
 CHANNELS = 36  # 16 noisy, 4 of the mask, 16 given
 
 
@@ -106,35 +108,61 @@ def weights(lab: Lab, steps: int = BUDGETS[-1]) -> Path:
     file = Path(lab.config.work) / "i2v" / f"{steps}.safetensors"
     with alone(file):
         if not file.exists():
-            network = widened(lab.opened.transformer(torch.float32, lab.device)).requires_grad_()
-            count, state = 2 if lab.config.quick else steps, file.with_suffix(".pt")
-            seconds = _train(network, _clips(lab), count, state, lab.device)
+            rate, count = learning_rate(lab), 2 if lab.config.quick else steps
+            network, seconds = _trained(lab, count, rate, file.with_suffix(".pt"))
             halved = {name: tensor.detach().bfloat16().cpu() for name, tensor in network.state_dict().items()}
             if not all(tensor.isfinite().all() for tensor in halved.values()):
-                raise ValueError(f"the image-to-video finetune of {steps} steps diverged; lower its learning rate")
+                raise ValueError(f"the image-to-video finetune of {steps} steps diverged; lower its learning rates")
+            facts = {"steps": str(count), "learning rate": f"{rate:g}", "seconds": f"{seconds:.1f}"}
             with cli.replacing(file) as path:
-                save_file(halved, path, {"steps": str(count), "seconds": f"{seconds:.1f}"})
-            state.unlink(missing_ok=True)
+                save_file(halved, path, facts)
+            file.with_suffix(".pt").unlink(missing_ok=True)
     return file
 
 
-@lru_cache(maxsize=1)
-def _clips(lab: Lab) -> tuple[Tensor, Tensor, Tensor]:
+def learning_rate(lab: Lab) -> float:
+    """The rate whose short training has the lowest loss on clips that are held out; tried once, and kept in a file."""
+    file = Path(lab.config.work) / "i2v" / "rates.json"
+    with alone(file):
+        if not file.exists():
+            losses, count = {}, 2 if lab.config.quick else TRIAL
+            for rate in RATES:
+                state = file.with_name(f"rate-{rate:g}.pt")
+                network, _ = _trained(lab, count, rate, state)
+                draws = (torch.Generator(lab.device).manual_seed(seed) for seed in range(16))
+                with torch.no_grad():
+                    loss = sum(_loss(network, *_clips(lab, held_out=True), draw).item() for draw in draws) / 16
+                losses[f"{rate:g}"] = loss if math.isfinite(loss) else 1e9
+                state.unlink(missing_ok=True)
+            cli.write_json(file, losses)
+    losses = json.loads(file.read_text(encoding="utf-8"))
+    return float(min(losses, key=losses.get))
+
+
+@lru_cache(maxsize=2)
+def _clips(lab: Lab, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The training clips, on the device: latents (n, 16, F, H, W), captions (n, T, text_dim), and the empty caption."""
     config = train.TrainConfig(data=lab.config.work, model=lab.config.model, device=lab.device)
     data = lab.training_data(lab.opened, train.checked(config, lab.opened), None)
-    rows = data.training[0]
+    rows = data.validation if held_out else data.training[0]
     return data.latents[rows].to(lab.device), data.context([data.prompts[i] for i in rows]), data.context([""])
 
 
+def _trained(lab: Lab, steps: int, rate: float, state: Path) -> tuple[Wan, float]:
+    """A finetune of the base, fp32, and the seconds that its training took."""
+    network = widened(lab.opened.transformer(torch.float32, lab.device)).requires_grad_()
+    return network, _train(network, _clips(lab), steps, rate, state, lab.device)
+
+
 def _train(
-    network: Wan, clips: tuple[Tensor, Tensor, Tensor], steps: int, state: Path, device: str, every: int = 500
-) -> float:
+    network: Wan, clips: tuple[Tensor, Tensor, Tensor], steps: int, rate: float, state: Path, device: str,
+    every: int = 500,
+) -> float:  # fmt: skip
     """Train all weights as `train.py --full` does, and return the seconds that it took.
 
     state: a file that is written every so many steps, from which a training that was stopped goes on.
     """
-    (optimizer,) = train.make_optimizers(train.TrainConfig(full=True, lr=LEARNING_RATE), [network])
+    (optimizer,) = train.make_optimizers(train.TrainConfig(full=True, lr=rate), [network])
     first, before, dtype = 0, 0.0, cli.pick_dtype("auto", device)
     if state.exists():
         saved = torch.load(state, map_location=device, weights_only=True)
@@ -143,7 +171,7 @@ def _train(
         first, before = saved["step"], saved["seconds"]
     progress, begun = cli.Progress(steps, f"I2V finetune, {steps} steps", first), time.monotonic()
     for step in range(first, steps):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * train.rate(step, steps)
+        optimizer.param_groups[0]["lr"] = rate * train.rate(step, steps)
         with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
             loss = _loss(network, *clips, torch.Generator(device).manual_seed(step))
         loss.backward()

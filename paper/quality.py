@@ -9,7 +9,6 @@ Read: higher is better, and the true clips' figures are the most that can be ask
 against the finetune; the figures themselves do not compare with VBench's.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from paper import i2v
 from paper.efficiency import FINETUNE, PUSA
-from paper.lab import Lab, Row
-from support import cli, plots
+from paper.lab import Lab, Row, page
+from support import plots
 from toy import world
 
 TITLE = "{} better clips from an image, by VBench's total"
@@ -142,27 +141,21 @@ def _at(read: world.Readings, frames: slice) -> world.Readings:
 
 
 def draw(lab: Lab, path: Path) -> None:
-    """A row for each dimension, with a dot for each network."""
-    from matplotlib import figure, style
-
-    told: Callable[[str, str], str] = "{}: {}".format
-    better = lab.below(told(FINETUNE, "total"), told(PUSA, "total"), median=False)
-    title = TITLE.format({True: "Pusa's LoRA makes", False: f"The {FINETUNE} makes", None: "Neither makes"}[better])
-    with style.context([*plots.STYLE, {"font.size": 11}]):
-        sheet = figure.Figure(figsize=(8, 4.2), layout="constrained", dpi=150)
-        axes, rows = sheet.subplots(), list(reversed(range(len(DIMENSIONS))))
+    """A row for each dimension, with a mark for each network."""
+    better = lab.below(f"{FINETUNE}: total", f"{PUSA}: total", median=False)
+    winner = {True: f"{PUSA} makes", False: f"The {FINETUNE} makes", None: "Neither way makes"}[better]
+    with page(path, TITLE.format(winner), height=4) as (axes,):
+        places = list(range(len(DIMENSIONS)))
         for name, colour, marker in zip(NAMES, (plots.GREY, *plots.COLOURS[1::-1], "#222222"), "svo|", strict=True):
-            names = [told(name, dimension) for dimension in DIMENSIONS]
-            x, spread = zip(*((lab.middle(n, False), lab.spread(n, False)) for n in names), strict=True)
-            size = {"markersize": 14 if marker == "|" else 7, "markeredgewidth": 2 if marker == "|" else 0}
-            axes.errorbar(x, rows, xerr=spread, color=colour, marker=marker, linestyle="", label=name, **size)
-        axes.set_yticks(rows, DIMENSIONS)
+            names = [f"{name}: {dimension}" for dimension in DIMENSIONS]
+            scores, spreads = [lab.middle(n, False) for n in names], [lab.spread(n, False) for n in names]
+            size = {"markersize": 14, "markeredgewidth": 2} if marker == "|" else {"markersize": 7}
+            axes.errorbar(scores, places, xerr=spreads, color=colour, marker=marker, linestyle="", label=name, **size)
+        axes.set_yticks(places, DIMENSIONS)
         axes.set(xlabel="score, mean over scenes")
-        axes.grid(axis="both")
-        sheet.suptitle(title, x=0.01, ha="left", fontsize=14, color="#222222")
-        sheet.legend(loc="outside lower center", ncols=4)
-        with cli.replacing(path) as temporary:
-            sheet.savefig(temporary)
+        axes.invert_yaxis()
+        axes.grid()
+        axes.figure.legend(loc="outside lower center", ncols=4)
 
 
 def rows(lab: Lab) -> list[Row]:

@@ -1,11 +1,13 @@
 """paper/efficiency.py and paper/i2v.py: the rivals of a LoRA do what they are said to do, and budgets are compared."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small import model_fixture, opened  # noqa: F401 (a fixture)
 
 import flow
-from paper import efficiency, i2v, lab
+from paper import efficiency, i2v, lab, price, quality
 from support import cost
 
 F, GIVEN = 7, [0, 6]
@@ -60,7 +62,7 @@ def test_the_finetune_goes_on_where_it_was_stopped(base, tmp_path):
 
     def trained(steps, state):
         network = i2v.widened(base).requires_grad_()
-        i2v._train(network, data, steps, state, "cpu", every=2)
+        i2v._train(network, data, steps, 1e-3, state, "cpu", every=2)
         return network.state_dict()
 
     whole = trained(4, tmp_path / "a.pt")
@@ -84,6 +86,16 @@ def test_the_finetune_goes_on_where_it_was_stopped(base, tmp_path):
     assert torch.load(tmp_path / "b.pt", weights_only=True)["step"] == 2
     again = trained(4, tmp_path / "b.pt")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_the_learning_rate_is_the_one_with_the_lowest_loss_and_is_tried_once(tmp_path, monkeypatch):
+    bench, tried = SimpleNamespace(config=lab.Config(work=str(tmp_path)), device="cpu"), []
+    monkeypatch.setattr(i2v, "_trained", lambda bench, steps, rate, state: (tried.append((steps, rate)) or rate, 0.0))
+    monkeypatch.setattr(i2v, "_clips", lambda bench, held_out: (held_out,))
+    losses = {3e-4: 2.0, 1e-3: 1.0, 3e-3: float("nan")}
+    monkeypatch.setattr(i2v, "_loss", lambda rate, held_out, draw: torch.tensor(losses[rate]))
+    assert i2v.learning_rate(bench) == i2v.learning_rate(bench) == 1e-3
+    assert tried == [(i2v.TRIAL, rate) for rate in i2v.RATES]
 
 
 @pytest.mark.parametrize("goal, budget", [(4, 100), (3, 100 * 2**0.5), (2, 200), (1, 400), (9, 50)])
@@ -119,6 +131,32 @@ def test_the_ratio_is_taken_at_the_lowest_error_that_both_reach():
     each, goal, bound = efficiency.ratios(_Lab([9, 9, 9, 9, 9, 9, 9, 4], falling))
     assert (each, goal, bound) == ([640 / 3200] * 2, 4, False), "here the finetune needs a fifth"
     assert efficiency.ratios(_Lab([2] * 8, falling[:-1] + [3]))[2], "it may have been there before its first budget"
+
+
+class _Measured(lab.Lab):
+    """Takes down which figures a claim asks for, each with values around a number of its own."""
+
+    def figure(self, name, values):
+        level = 10 + len(self.figures)
+        self.figures[name] = [[level - 0.1 * seed] * 3 for seed in self.seeds]
+
+
+@pytest.mark.parametrize("claim", [efficiency, quality, price])
+def test_a_claim_tells_and_draws_what_it_measures(claim, model, tmp_path, monkeypatch):
+    """Nothing is sampled, trained or loaded to find out which figures there are."""
+    monkeypatch.setattr(efficiency, "LATENTS", (16, 3, 4, 4))
+    bench = _Measured(lab.Config(model=str(model), results=str(tmp_path), work=str(tmp_path)), "claim")
+    bench.judge = SimpleNamespace(preset=bench.opened.preset, transformer=print, truth=None)
+    claim.measure(bench)
+    asked = []
+    monkeypatch.setattr(
+        _Measured, "each", lambda self, name, *more: asked.append(name) or lab.Lab.each(self, name, *more)
+    )
+    assert all(row.claim and row.ours for row in claim.rows(bench))
+    claim.draw(bench, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert bench.figures.keys() == set(asked), "all that is measured is told or drawn"
+    assert not (tmp_path / "i2v").exists()
 
 
 def test_operations_are_counted_with_what_is_trained(model):
