@@ -41,22 +41,29 @@ def run(config: lab.Config) -> list[str]:
     """Measure the claims of the config, or all, and tell of them; returns the names of those that failed."""
     failed = []
     for name in config.names or CLAIMS:
-        done = attempt(lambda name=name: claim(name).measure(lab.Lab(config, name)))
+        done = attempt(measure, config, name)
         if not config.measure:
-            done &= attempt(lambda name=name: claim(name).draw(lab.Lab(config, name), picture(config, name)))
-            report(config)
+            done &= attempt(draw, config, name) & attempt(report, config)
         failed += [] if done else [name]
     return failed
 
 
-def attempt(action: Callable[[], None]) -> bool:
+def attempt(action: Callable[..., None], *arguments: lab.Config | str) -> bool:
     """Whether an action came to its end; if it failed, what went wrong is printed."""
     try:
-        action()
+        action(*arguments)
     except Exception:
         traceback.print_exc()
         return False
     return True
+
+
+def measure(config: lab.Config, name: str) -> None:
+    claim(name).measure(lab.Lab(config, name))
+
+
+def draw(config: lab.Config, name: str) -> None:
+    claim(name).draw(lab.Lab(config, name), picture(config, name))
 
 
 def claim(name: str) -> ModuleType:

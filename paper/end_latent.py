@@ -63,7 +63,7 @@ def rows(lab: Lab) -> list[Row]:
     for task in TASKS:
         told = []
         for end in ENDS:
-            kept, flash = (lab.told(f"{task}, {end}: {figure}", unit) for figure, unit in (("kept", "dB"), ("flash", "")))
+            kept, flash = (lab.told(f"{task}, {end}: {f}", unit) for f, unit in (("kept", "dB"), ("flash", "")))
             told.append(f"{end} {kept}, brightness off by {flash.strip()}")
         holds = lab.below(f"{task}, lone: kept", f"{task}, group: kept")
         found.append(Row(f"{task}: a group keeps the end image better", "", "; ".join(told), holds))

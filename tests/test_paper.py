@@ -12,6 +12,7 @@ import torch
 from small import call, mistake
 from torch import nn
 
+import flow
 import lora
 import train
 from model import SelfAttention, rope_tables
@@ -213,30 +214,20 @@ def test_the_whole_runs_and_its_orders_are_right(config):
 # Ablation
 
 
-def fake_bench(config: lab.Config, error) -> tuple[lab.Lab, list]:
-    """A bench whose evaluations cost nothing; error(lora, strength, settings) is what each scene has."""
-    bench, asked = lab.Lab(config, "ablation"), []
-    bench.__dict__["judge"] = SimpleNamespace(preset=bench.opened.preset, plan=Judge.plan)
-    bench.network = lambda name, strength=1.0: (name, strength)
-
-    def measured(network, task, seed, **settings):
-        asked.append((network, task, seed, *map(str, settings.values())))
-        return torch.full((bench.scenes,), error(*network, settings) + 0.001 * seed)
-
-    bench.error = measured
-    return bench, asked
-
-
 def test_the_ablation_varies_one_setting_at_a_time(config, monkeypatch, tmp_path):
-    def error(name: str, strength: float, settings: dict) -> float:
-        worse = {"rank-2": 2.0, "async-0": 4.0, "steps-3200": 0.5}.get(name, 0.0)
-        return 3 + worse + abs(strength - 1.7) + 10 / settings.get("steps", 10) + 4 * ("taus" in settings)
+    asked = []
 
-    bench, asked = fake_bench(dataclasses.replace(config, quick=False), error)
-    told = []
-    monkeypatch.setattr(ablation, "as_told", lambda lab, name, seed: told.append(name) or 90 + torch.rand(256))
+    def evaluate(bench: lab.Lab, run: ablation.Run, seed: int) -> torch.Tensor:
+        asked.append((run, seed))
+        worse = {"rank-2": 2.0, "async-0": 4.0, "steps-3200": 0.5, "base": 1.0}.get(run.lora, 0.0)
+        error = 3 + worse + abs(run.strength - 1.7) + 10 / run.steps + 4 * run.m + 0.001 * seed
+        return torch.full((bench.scenes,), 100 - error if run.task == "t2v" else error)
+
+    monkeypatch.setattr(ablation, "evaluate", evaluate)
+    bench = lab.Lab(dataclasses.replace(config, quick=False), "ablation")
     ablation.measure(bench)
-    assert len(asked) + len(told) <= 150 and len(set(asked)) == len(asked), "nothing is measured twice"
+    assert len(asked) == len(set(asked)) == 150
+    assert {sum(a != b for a, b in zip(run, ablation.Run(), strict=True)) for run, _ in asked} == {0, 1, 2}
     holds = {row.claim.partition(":")[0].partition(" (")[0]: row.holds for row in ablation.rows(bench)}
     assert holds == {
         "10 steps of sampling suffice": False, "a strength above 1 is best": True, "a higher rank is better": True,
@@ -246,6 +237,17 @@ def test_the_ablation_varies_one_setting_at_a_time(config, monkeypatch, tmp_path
     ablation.draw(bench, tmp_path / "ablation.png")
     assert (tmp_path / "ablation.png").stat().st_size > 10_000
     assert bench.path.stat().st_size < 10**6
+
+
+def test_an_evaluation_is_what_its_run_says(config):
+    bench, asked = lab.Lab(config, "ablation"), []
+    bench.__dict__["judge"] = SimpleNamespace(preset=bench.opened.preset, plan=Judge.plan)
+    bench.network = lambda *network: network
+    bench.error = lambda network, task, seed, taus: asked.append((network, task, seed, taus)) or torch.ones(4)
+    ablation.evaluate(bench, ablation.Run("extend", "rank-2", 1.4, 5, 0.2), 7)
+    (network, task, seed, taus), sigma = asked[0], flow.sigma_schedule(5, 3.0)
+    assert (network, task, seed) == (("rank-2", 1.4), "extend", 7)
+    assert torch.allclose(taus, sigma[:, None] * torch.tensor([0.2] * 4 + [1.0] * 5))
 
 
 # Mechanism

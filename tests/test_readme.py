@@ -30,6 +30,7 @@ import flow
 import sample
 import tasks
 import train
+from paper import lab, vbench
 from support import cli, dataset, report
 from toy import grow, judge, world
 from wan import checkpoint, lora_files
@@ -40,9 +41,10 @@ CONFIGS = {
     "sample.py": sample.SampleConfig, "train.py": train.TrainConfig, "tasks.py": tasks.Config,
     "lora.py": lora_files.LoRAConfig, "-m toy.world": world.WorldConfig, "-m toy.grow": grow.TinyConfig,
     "-m toy.judge": judge.JudgeConfig, "-m support.report": report.ReportConfig,
+    "-m paper": lab.Config, "-m paper.vbench": vbench.Config,
 }  # fmt: skip
 SHORTER = {"train.py": ["--steps", "2", "--val-every", "0"], "-m toy.world": ["--count", "2"]}
-PACKAGES = ("wan", "support", "toy")
+PACKAGES = ("wan", "support", "toy", "paper")
 OTHERS_FLAGS = {"--index-url", "--nproc-per-node"}  # of pip and torchrun
 
 # Named in the README, but made by its commands or by the reader, or part of other people's folders.
@@ -307,6 +309,17 @@ def test_the_evaluation_is_that_of_the_model():
     judged = (ROOT / "checkpoints" / "tiny" / "README.md").read_text(encoding="utf-8")
     table = "\n".join(line for line in judged.splitlines() if line.startswith("|"))
     assert block == table, "put the table of checkpoints/tiny/README.md between the README's evaluation comments"
+
+
+def test_the_table_of_claims_is_that_of_the_report():
+    block = re.search(r"<!-- paper -->\n(.*?)\n<!-- /paper -->", README, re.S)[1].strip().splitlines()
+    report = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    first = {}
+    for line in report.splitlines():
+        if line.startswith("|"):
+            told, command, _ = line.rsplit("|", 2)
+            first.setdefault(command, told + "|")
+    assert block == list(first.values()), "`python -m paper` writes both"
 
 
 def test_captions_in_commands_are_those_of_the_toy_world():
