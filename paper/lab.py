@@ -33,7 +33,7 @@ BUDGETS = (25, 50, 100, 200, 400, 800, 1600, 3200)  # optimizer steps
 # Every LoRA that a claim asks for, by its name, and how its training differs from `train.py`'s defaults.
 TRAININGS = {
     **{f"steps-{n}": {"steps": n} for n in BUDGETS if n != STEPS},
-    **{f"seed-{n}": {"seed": n} for n in (0, 1, 2)},  # seed-0 is Pusa's LoRA wherever nothing else is said
+    **{f"seed-{n}": {"seed": n} for n in (0, 1, 2)},  # seed-0, the model's own, is meant where nothing else is said
     **{f"rank-{n}": {"rank": n} for n in (2, 8, 128)},
     **{f"async-{n}": {"p_async": n / 100} for n in (0, 25, 50, 75)},
     "two-levels": {"two_levels": True},
@@ -93,9 +93,10 @@ class Lab:
     def lora(self, name: str) -> Path:
         """The file of a LoRA of `TRAININGS`, which is trained now if it has not been.
 
-        A quick pass trains for so few steps that they only show that it works; seed-0 is the model's own LoRA there.
+        seed-0 is the model's own, trained in the same way; a quick pass trains the others for so few steps that they
+        only show that it works.
         """
-        if self.config.quick and name == "seed-0":
+        if name == "seed-0":
             return Path(self.config.model) / "lora.safetensors"
         out = Path(self.config.work) / name
         with alone(out):

@@ -1,8 +1,8 @@
 """Grow the embedded model from nothing: `python -m toy.grow` (or `make tiny`), which can be stopped and run again.
 
 Three stages, each skipped when its result is there: the VAE; the text-to-video base with its umT5 encoder, which is
-`train.py --full --from-scratch --p-async 0`; the Pusa LoRA, which is `train.py --two-levels`. All learn from scenes
-that are rendered as they go. `python -m toy.judge` judges the result on captions that training never saw.
+`train.py --full --from-scratch --p-async 0`; the Pusa LoRA, which is `train.py` as a user runs it. All learn from
+scenes that are rendered as they go. `python -m toy.judge` judges the result on captions that training never saw.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class TinyConfig:
     clips: int = cli.option(6000, "training clips")
     vae_steps: int = cli.option(3600, "steps of the VAE")
     base_steps: int = cli.option(13000, "steps of the text-to-video base")
-    lora_steps: int = cli.option(4000, "steps of the Pusa LoRA")
+    lora_steps: int = cli.option(800, "steps of the Pusa LoRA")
     compile: bool = cli.option(False, "compile the networks: faster, needs a C++ compiler")
     device: str | None = cli.option(None, "device of base and LoRA (default: a GPU if there is one)")
 
@@ -80,8 +80,8 @@ def grow(config: TinyConfig) -> None:
         checkpoint.save_preset(out, PRESET)
         checkpoint.save_pipeline(out, parts, PRESET.shift, dtypes)
     finetuning = TrainConfig(
-        data=str(work), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=64, lr=1e-3,
-        two_levels=True, compile=config.compile, device=config.device,
+        data=str(work), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
+        compile=config.compile, device=config.device,
     )  # fmt: skip
     train_or_resume(finetuning, data, pusa)
     pairs = lora.load(pusa).pairs.items()
