@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import flow
 import lora
 import tasks
-from model import Wan
+from model import PromptKeys, Wan
 from support import cli, cost, offload, records
 from wan import checkpoint
 
@@ -197,8 +197,9 @@ class Experts:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of the transformer."""
+        """Let go of the transformer, and of the keys that it made of prompts."""
         self.name = self.transformer = None
+        self.keys: dict[str, PromptKeys] = {}
 
     def load(self, name: str) -> Wan:
         """The "high" or "low" transformer with its LoRAs merged; the other one is let go of first."""
@@ -218,9 +219,11 @@ class Experts:
 
     def _guided(self, prompt: str, expert: str, guidance: float, given: Sequence[int], x1: Tensor) -> flow.Velocity:
         """The guided velocity of an expert for one clip, whose noise is x1 (1, 16, F, H, W)."""
-        transformer = self.load(expert)
-        contexts = (self.context([text]).to(self.config.device) for text in (prompt, self.config.negative_prompt))
-        return guided_velocity(transformer, *contexts, guidance, self.config.history_guidance, given, x1)
+        transformer, negative, device = self.load(expert), self.config.negative_prompt, self.config.device
+        texts = [prompt] if guidance == 1 else [prompt, negative]  # no more are kept: the keys of a prompt are large
+        self.keys = {t: self.keys.get(t) or transformer.prompt_keys(self.context([t]).to(device)) for t in texts}
+        led = guidance, self.config.history_guidance
+        return guided_velocity(transformer, self.keys[prompt], self.keys.get(negative), *led, given, x1)
 
     def walk(
         self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, given: Sequence[int] = (),
@@ -273,19 +276,20 @@ def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like:
 
 
 def guided_velocity(
-    transformer: Wan, positive: Tensor, negative: Tensor, guidance: float,
+    transformer: Wan, positive: Tensor | PromptKeys, negative: Tensor | PromptKeys | None, guidance: float,
     history: float = 1.0, given: Sequence[int] = (), x1: Tensor | None = None,
 ) -> flow.Velocity:  # fmt: skip
     """velocity(z, tau) for B prompts, led away from the negative ones, and from the video without its conditions.
 
         v = v(c, h) + (guidance - 1) · [v(c, h) - v(∅, h)] + (history - 1) · [v(c, h) - v(c, ∅)]
 
-    positive, negative: the prompts' embeddings c and ∅, (B, T, text_dim), whose keys and values are computed here, once
-    for all steps. given: the latent frames of the conditions h, which history guidance (arXiv 2502.06764) replaces by
-    the noise x1 at τ = 1. Each weight that is not 1 runs the model once more a step; equal ones share that run.
+    positive, negative: the prompts c and ∅, as `prompt_keys`, or as embeddings (B, T, text_dim) whose keys are computed
+    here, once for all steps; without guidance (1) there need be no ∅. given: the latent frames of the conditions h,
+    which history guidance (arXiv 2502.06764) replaces by the noise x1 at τ = 1. Each weight that is not 1 runs the
+    model once more a step; equal ones share that run.
     """
-    keys = transformer.prompt_keys(positive)
-    keys_away = None if guidance == 1 else transformer.prompt_keys(negative)
+    prompts = (positive,) if guidance == 1 else (positive, negative)
+    keys, *away_keys = (transformer.prompt_keys(p) if isinstance(p, Tensor) else p for p in prompts)
     given, history = list(given), history if given else 1
 
     def freed(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +300,7 @@ def guided_velocity(
     def velocity(z: Tensor, tau: Tensor) -> Tensor:
         v = led = transformer(z, tau, keys)
         if guidance != 1:
-            away = transformer(*(freed(z, tau) if history == guidance else (z, tau)), keys_away)
+            away = transformer(*(freed(z, tau) if history == guidance else (z, tau)), *away_keys)
             led = away + guidance * (v - away)
         if history not in (1, guidance):
             led = led + (history - 1) * (v - transformer(*freed(z, tau), keys))

@@ -305,6 +305,17 @@ def test_a_long_video_encodes_its_prompts_once(run, calls):
     assert calls == {"forward": 2 * 3 * 2, "prompt_keys": 2, "encoder": 2}
 
 
+def test_keys_are_kept_of_no_more_prompts_than_are_in_use(model, calls):
+    """Of 14B's, a prompt has as many as 400 MB."""
+    config, opened = sample.prepare(SampleConfig("t2v", str(model), steps=1, dtype="float32"))
+    experts = sample.Experts(config, opened, ["a red circle", "a blue square"])
+    x1 = torch.zeros(2, 16, 7, 4, 4)
+    experts.walk(experts.prompts, x1, x1, torch.tensor([[1.0] * 7, [0.0] * 7]))
+    assert calls["prompt_keys"] == 3 and experts.keys.keys() == {"a blue square", config.negative_prompt}
+    experts.clear()
+    assert not experts.keys
+
+
 @torch.no_grad()
 def test_guidance_is_linear_in_the_scale(model):
     opened = _open(model)
@@ -323,6 +334,8 @@ def test_guidance_is_linear_in_the_scale(model):
     alone = sample.guided_velocity(transformer, prompts[1:], negative[1:], 3)(z[1:], tau[1:])
     torch.testing.assert_close(velocity(3)[1:], alone)
     torch.testing.assert_close(plain, transformer(z, tau, prompts))
+    keys = sample.guided_velocity(transformer, *map(transformer.prompt_keys, (prompts, negative)), 3)
+    assert torch.equal(keys(z, tau), velocity(3))
 
 
 # What a condition sees, and what becomes of it.
