@@ -8,6 +8,7 @@ after another: the text encoder, the transformer and, in a model of two experts,
     python sample.py --task extend
     python sample.py --task i2v --image start.png --prompt "a red circle moving left" --seed 1
     python sample.py --task keyframes --image a.png b.png c.png --at 0,4,8 --noise 0,0.2,0.3
+    python sample.py --task i2v --sweep noise=0,0.2 lora=1,1.4            a contact sheet to choose by
     python sample.py --task t2v --prompts prompts.txt --out data/mine     a captioned clip of each line, for training
 
 Beside the video are a filmstrip of what was given and what was generated, and a JSON file with every setting;
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import flow
 import lora
 import tasks
-from model import Wan
+from model import PromptKeys, Wan
 from support import cli, cost, offload, records
 from wan import checkpoint
 
@@ -73,7 +74,9 @@ class SampleConfig:
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
     boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SIGMA)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
-    seed: int = cli.option(0, "seed of the noise")
+    seed: int = cli.option(0, "seed of the noise", (-(2**63), 2**64 - 1, "a whole number of 64 bits"))
+    sweep: tuple[str, ...] | None = cli.option(None, "a video for each value of one or two of " +
+        f"{', '.join(records.SWEPT)}, as in noise=0,0.2 lora=1,1.4; and a contact sheet", nargs="+")  # fmt: skip
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type of the transformer", choices=("auto", "float32", "bfloat16"))
     offload: bool = cli.option(False, "keep the weights in the CPU's memory, on the device one block at a time")
@@ -91,8 +94,11 @@ def prepare(config: SampleConfig) -> tuple[SampleConfig, checkpoint.Opened]:
     return resolve(config, opened), opened
 
 
-def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
-    """Fill in what is left to the model, the clip or the machine. ValueError for settings that exclude each other."""
+def resolve(config: SampleConfig, opened: checkpoint.Opened, strength: float | None = None) -> SampleConfig:
+    """Fill in what is left to the model, the clip or the machine. ValueError for settings that exclude each other.
+
+    strength: of each LoRA that is given without one, in place of the usual.
+    """
     for one, other in (("seconds", "frames"), ("lora", "no_lora")):
         if getattr(config, one) and getattr(config, other) not in (None, False):
             raise ValueError(f"got --{one} and --{other.replace('_', '-')}, expected one of the two")
@@ -107,7 +113,7 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened) -> SampleConfig:
     config = replace(
         config,
         **{name: value for name, value in values.items() if getattr(config, name) is None},
-        lora=lora.with_strengths(loras, own, opened.preset.strength),
+        lora=lora.with_strengths(loras, own, opened.preset.strength, strength),
         device=device,
         dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
     )
@@ -197,12 +203,13 @@ class Experts:
         self.clear()
 
     def clear(self) -> None:
-        """Let go of the transformer."""
-        self.name = self.transformer = None
+        """Let go of the transformer, and of the keys that it made of prompts."""
+        self.loaded = self.transformer = None
+        self.keys: dict[str, PromptKeys] = {}
 
     def load(self, name: str) -> Wan:
         """The "high" or "low" transformer with its LoRAs merged; the other one is let go of first."""
-        if name != self.name:
+        if (name, self.config.lora) != self.loaded:
             self.clear()
             loras = map(lora.parse_entry, self.config.lora)
             changes = [(lora.load(path), strength) for expert, path, strength in loras if expert in ("", name)]
@@ -213,14 +220,16 @@ class Experts:
                 transformer.compile_blocks()
             if self.config.offload:
                 offload.offload(transformer, self.config.device)
-            self.name, self.transformer = name, transformer
+            self.loaded, self.transformer = (name, self.config.lora), transformer
         return self.transformer
 
     def _guided(self, prompt: str, expert: str, guidance: float, given: Sequence[int], x1: Tensor) -> flow.Velocity:
         """The guided velocity of an expert for one clip, whose noise is x1 (1, 16, F, H, W)."""
-        transformer = self.load(expert)
-        contexts = (self.context([text]).to(self.config.device) for text in (prompt, self.config.negative_prompt))
-        return guided_velocity(transformer, *contexts, guidance, self.config.history_guidance, given, x1)
+        transformer, negative, device = self.load(expert), self.config.negative_prompt, self.config.device
+        texts = [prompt] if guidance == 1 else [prompt, negative]  # no more are kept: the keys of a prompt are large
+        self.keys = {t: self.keys.get(t) or transformer.prompt_keys(self.context([t]).to(device)) for t in texts}
+        led = guidance, self.config.history_guidance
+        return guided_velocity(transformer, self.keys[prompt], self.keys.get(negative), *led, given, x1)
 
     def walk(
         self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, given: Sequence[int] = (),
@@ -273,19 +282,20 @@ def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like:
 
 
 def guided_velocity(
-    transformer: Wan, positive: Tensor, negative: Tensor, guidance: float,
+    transformer: Wan, positive: Tensor | PromptKeys, negative: Tensor | PromptKeys | None, guidance: float,
     history: float = 1.0, given: Sequence[int] = (), x1: Tensor | None = None,
 ) -> flow.Velocity:  # fmt: skip
     """velocity(z, tau) for B prompts, led away from the negative ones, and from the video without its conditions.
 
         v = v(c, h) + (guidance - 1) · [v(c, h) - v(∅, h)] + (history - 1) · [v(c, h) - v(c, ∅)]
 
-    positive, negative: the prompts' embeddings c and ∅, (B, T, text_dim), whose keys and values are computed here, once
-    for all steps. given: the latent frames of the conditions h, which history guidance (arXiv 2502.06764) replaces by
-    the noise x1 at τ = 1. Each weight that is not 1 runs the model once more a step; equal ones share that run.
+    positive, negative: the prompts c and ∅, as `prompt_keys`, or as embeddings (B, T, text_dim) whose keys are computed
+    here, once for all steps; without guidance (1) there need be no ∅. given: the latent frames of the conditions h,
+    which history guidance (arXiv 2502.06764) replaces by the noise x1 at τ = 1. Each weight that is not 1 runs the
+    model once more a step; equal ones share that run.
     """
-    keys = transformer.prompt_keys(positive)
-    keys_away = None if guidance == 1 else transformer.prompt_keys(negative)
+    prompts = (positive,) if guidance == 1 else (positive, negative)
+    keys, *away_keys = (transformer.prompt_keys(p) if isinstance(p, Tensor) else p for p in prompts)
     given, history = list(given), history if given else 1
 
     def freed(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,7 +306,7 @@ def guided_velocity(
     def velocity(z: Tensor, tau: Tensor) -> Tensor:
         v = led = transformer(z, tau, keys)
         if guidance != 1:
-            away = transformer(*(freed(z, tau) if history == guidance else (z, tau)), keys_away)
+            away = transformer(*(freed(z, tau) if history == guidance else (z, tau)), *away_keys)
             led = away + guidance * (v - away)
         if history not in (1, guidance):
             led = led + (history - 1) * (v - transformer(*freed(z, tau), keys))
@@ -344,20 +354,28 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
 
 def sample(config: SampleConfig) -> dict[str, Path]:
     """Run a config from files to files, and return the paths of those written; a dry run writes none."""
-    config, opened = prepare(config)
-    job = lay_out(config, opened.preset.frames)
+    opened, runs = checkpoint.open(config.model, Wan, config.dry_run), {}
+    for labels, changes in records.swept(config).items():
+        strength = changes.pop("lora", None)
+        cell = resolve(replace(config, **changes), opened, strength)
+        if not runs:  # the first cell settles what all have in common
+            config = replace(cell, lora=config.lora, guidance=config.guidance, guidance_2=config.guidance_2)
+        runs[labels] = cell, lay_out(cell, opened.preset.frames)
     if config.dry_run:
-        print(records.told(config, job.taus), estimate(config, opened, job), sep="\n\n")
+        for labels, (cell, job) in runs.items():
+            print(*labels, records.told(cell, job.taus), estimate(cell, opened, job), sep="\n\n")
         return {}
-    return _sample_one(config, opened, job) if config.prompts is None else _sample_each(config, opened, job)
+    return _sample_runs(config, opened, runs) if config.prompts is None else _sample_each(cell, opened, job)
 
 
-def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
-    started, steps = time.monotonic(), len(job.taus[0]) - 1
+def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) -> dict[str, Path]:
+    """Make the cells of `--sweep`, or one video, of what is loaded once, a transformer for each strength of LoRAs."""
+    started, (first, job) = time.monotonic(), next(iter(runs.values()))
     with records.claimed(config) as files:
-        inputs, experts = read_inputs(config, job.plans[0]), Experts(config, opened, [config.prompt])
-        print(records.told(config), file=sys.stderr)
-        progress = cli.Progress(sum(len(taus) - 1 for taus in job.taus), "denoising")
+        inputs, experts = read_inputs(config, job.plans[0]), Experts(first, opened, [config.prompt])
+        print(records.told(first), file=sys.stderr)
+        progress = cli.Progress(sum(len(taus) - 1 for _, job in runs.values() for taus in job.taus), "denoising")
+        steps, sheet = len(job.taus[0]) - 1, records.Sheet(config, files)
         drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see
         states: dict[int, Tensor] = {}
 
@@ -366,9 +384,12 @@ def _sample_one(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> di
             if config.plot and progress.done in drawn:  # of the first window
                 states[progress.done] = z
 
-        (latents,) = generate(experts, job, inputs, [config.seed], on_step)
-        experts.clear()
-        records.write_run(config, files, decode(experts.vae, latents), job.given, job.around)
+        for labels, (cell, job) in sorted(runs.items(), key=lambda run: run[1][0].lora):
+            experts.config = cell
+            (latents,) = generate(experts, job, inputs, [cell.seed], on_step)
+            if not config.sweep:
+                experts.clear()
+            sheet.write(labels, cell, decode(experts.vae, latents), job.given, job.around)
         if config.plot:
             marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
             videos = [(f"after step {k}", decode(experts.vae, z)) for k, z in states.items()]
@@ -403,7 +424,7 @@ def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
         lora.load(path).check(parts[0])
     return cost.sampling(
         parts, cli.parse_size(config.size), len(job.plans[0].m), job.F, passes,
-        getattr(torch, config.dtype), config.device, stays=config.prompts is not None or len(job.plans) > 1,
+        getattr(torch, config.dtype), config.device, stays=bool(config.prompts or config.sweep) or len(job.plans) > 1,
     )  # fmt: skip
 
 

@@ -342,7 +342,7 @@ def save_image(path: Path | str, image: Image.Image | Tensor) -> None:
 
 def filmstrip(
     rows: Sequence[tuple[str, Tensor]], marks: Sequence[Sequence[bool] | None] = (), height: int = 96,
-    columns: int = 12, numbers: Sequence[int] | None = None,
+    columns: int = 12, numbers: Sequence[int] | None = None, heads: Sequence[str] = (),
 ) -> Image.Image:  # fmt: skip
     """A contact sheet: one row a video, time from left to right.
 
@@ -351,8 +351,10 @@ def filmstrip(
              legend; None leaves a row unmarked, and without marks all rows are.
     height   of a frame, in pixels; columns: at most that many frames a row, chosen by `evenly`.
     numbers  of a row's frames, if they are not 0, 1, 2, ...
+    heads    titles above as many equal parts of the columns.
     """
     font, gap, line = ImageFont.load_default(size=14), 6, 18
+    top = gap + (gap + line) * bool(heads)
     marks = marks or [None] * len(rows)
     titles = [textwrap.fill(title, 22, max_lines=4, placeholder=" ...") for title, _ in rows]
     widths = [sum(font.getlength(run) for run, font in _runs(line)) for title in titles for line in title.split("\n")]
@@ -361,13 +363,17 @@ def filmstrip(
     legend = [("given", GIVEN), ("generated", GENERATED)] if any(mark is not None for mark in marks) else []
     entry = 2 * line + round(font.getlength("generated"))
     across, pitch = max(len(legend) * entry, *(strip.width for strip in strips)), strips[0].height + gap
-    sheet = Image.new("RGB", (margin + across, gap + len(rows) * pitch + len(legend) // 2 * (line + gap)), "white")
+    sheet = Image.new("RGB", (margin + across, top + len(rows) * pitch + len(legend) // 2 * (line + gap)), "white")
     draw = ImageDraw.Draw(sheet)
+    for number, head in enumerate(heads):
+        left, right = (margin + strips[0].width * n // len(heads) for n in (number, number + 1))
+        draw.text((left, gap), head, fill="black", font=font)
+        draw.line((left, line + gap, right - 2 * gap, line + gap), fill="black")
     for row, (title, strip) in enumerate(zip(titles, strips, strict=True)):
-        sheet.paste(strip, (margin, gap + row * pitch))
+        sheet.paste(strip, (margin, top + row * pitch))
         lines, below = title.split("\n"), draw.textbbox((0, 0), "A", font=font)[3] + 4
         for number, text in enumerate(lines):
-            left, middle = gap, gap + row * pitch + height // 2 + (number - (len(lines) - 1) / 2) * below
+            left, middle = gap, top + row * pitch + height // 2 + (number - (len(lines) - 1) / 2) * below
             for run, own in _runs(text):
                 draw.text((left, middle), run, fill="black", font=own, anchor="lm")
                 left += own.getlength(run)

@@ -5,10 +5,11 @@ It leaves a video, a filmstrip, and a JSON file with every setting, which repeat
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, groupby
+from itertools import count, groupby, product
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +29,7 @@ _UNDOES = {
 }  # fmt: skip
 # What may change when --prompts goes on: where and how clips are computed. The prompts are compared with the captions.
 _MAY_CHANGE = {"out", "prompts", "device", "dtype", "offload", "compile", "preset", "no_lora"}
+SWEPT = ("noise", "lora", "guidance", "history-guidance", "shift", "steps", "seed")  # the last two are whole numbers
 
 
 # Settings.
@@ -68,10 +70,32 @@ def told(config: Config, taus: Sequence[Tensor] = ()) -> str:
     """What was chosen for a run, in one line, and the tables of noise levels below it."""
     guidance = f"{config.guidance:g}" + ("" if config.guidance_2 is None else f" and {config.guidance_2:g}")
     loras = f"LoRA {', '.join(config.lora)}" if config.lora else "no LoRA"
+    loras += f", sweep {' '.join(config.sweep)}" if config.sweep else ""
     guidance += "" if config.history_guidance == 1 else f", history guidance {config.history_guidance:g}"
     line = (f"settings: {config.size}, {config.frames} frames at {config.fps:g} fps, {config.steps} steps, "
             f"guidance {guidance}, shift {config.shift:g}, {loras}")  # fmt: skip
     return "\n\n".join([line, *map(plots.table, taus)])
+
+
+def swept(config: Config) -> dict[tuple[str, ...], dict[str, object]]:
+    """What each cell of `--sweep` sets, by the labels of its row and column; without a sweep {(): {}}.
+
+    `lora` there is a strength. ValueError for what cannot be swept.
+    """
+    got, entries, axes = f"--sweep {' '.join(config.sweep or ())}", config.sweep or (), []
+    names = [entry.partition("=")[0] for entry in entries]
+    right = len({*names} & {*SWEPT}) == len(names) <= 2
+    cli.expect(right, got, f"one or two of {', '.join(SWEPT)}, as in noise=0,0.2 lora=1,1.4")
+    cli.expect(not names or config.prompts is None and not config.plot, f"{got} with --prompts or --plot", "neither")
+    for name, entry in zip(names, entries, strict=True):
+        whole = name in SWEPT[-2:]
+        values = cli.parse_numbers(f"sweep {name}", entry[len(name) + 1 :], int if whole else float)
+        texts = {str(value).removesuffix(".0"): value for value in values}
+        right = len(texts) == len(values) and all(abs(value) < math.inf for value in values)
+        cli.expect(right, got, "finite numbers, each of them once")
+        field = name.replace("-", "_")
+        axes.append([(f"{name}={text}", field, text if name == "noise" else value) for text, value in texts.items()])
+    return {tuple(label for label, _, _ in cell): {n: value for _, n, value in cell} for cell in product(*axes)}
 
 
 # What is given.
@@ -253,7 +277,7 @@ def claimed(config: Config) -> Iterator[dict[str, Path]]:
     try:
         yield files
     except BaseException:
-        if is_mine and not files["video"].exists():
+        if is_mine and not files["sheet" if config.sweep else "video"].exists():
             files["settings"].unlink(missing_ok=True)
         raise
 
@@ -262,6 +286,12 @@ def _files(video: Path, config: Config) -> dict[str, Path]:
     if video.suffix not in (".mp4", ".gif"):
         raise ValueError(f"got --out {video}, expected a file that ends in .mp4 or .gif")
     files = {"video": video, "filmstrip": video.with_suffix(".png"), "settings": video.with_suffix(".json")}
+    if config.sweep:
+        alone, cells = dataclasses.replace(config, sweep=None), {}
+        for labels in swept(config):
+            cell = _files(video.with_name("-".join((video.stem, *labels)) + video.suffix), alone)
+            cells |= {" ".join((kind, *labels)): path for kind, path in cell.items()}
+        return cells | {"settings": files["settings"], "sheet": files["filmstrip"]}
     if config.plot:
         files |= {plot: video.with_name(f"{video.stem}-{plot}.png") for plot in ("tau", "denoising")}
     return files
@@ -305,8 +335,37 @@ def write_run(
     marks = [[given[n] for n in shown]]
     media.save_image(files["filmstrip"], media.filmstrip(strip, marks, numbers=list(shown)))
     ranges = [[n for n, _ in group] for mark, group in groupby(enumerate(given), lambda pair: pair[1]) if mark]
-    settings = dataclasses.replace(config, out=str(files["video"]), overwrite=False)
+    settings = dataclasses.replace(config, out=str(files["video"]), overwrite=False, sweep=None)
     write(files["settings"], settings, given=[[numbers[0], numbers[-1]] for numbers in ranges])
+
+
+class Sheet:
+    """What a sweep leaves: files of each cell, as of a run alone, and a contact sheet of the cells that are made.
+
+    config: with `sweep`; without it there is one cell, and no sheet. files: those of `claimed`.
+    """
+
+    def __init__(self, config: Config, files: dict[str, Path]):
+        self.config, self.files, self.cells = config, files, {}
+
+    def write(
+        self, labels: tuple[str, ...], config: Config, made: Tensor, given: Sequence[bool], around: Around | None
+    ) -> None:  # fmt: skip
+        """Write the files of a cell as `write_run` does, and the sheet with three of the frames that were not given."""
+        own = {kind: self.files[" ".join((kind, *labels))] for kind in ("video", "filmstrip", "settings")}
+        write_run(config, own, made, given, around)
+        if not labels:
+            return
+        write(self.files["settings"], self.config)
+        new = [n for n, known in enumerate(given) if not known] or range(len(given))
+        shown = [new[i] for i in media.evenly(len(new), 3)]
+        self.cells[labels] = made[:, shown]
+        blank, cells = torch.ones_like(self.cells[labels]), list(swept(self.config))
+        rows, columns = (list(dict.fromkeys(cell[part] for cell in cells)) for part in (slice(1), slice(1, None)))
+        strips = [(*row, torch.cat([self.cells.get(row + column, blank) for column in columns], 1)) for row in rows]
+        numbers = [n + max(0, around.start if around else 0) for n in shown] * len(columns)
+        heads = [label for column in columns for label in column]
+        media.save_image(self.files["sheet"], media.filmstrip(strips, [], 96, len(numbers), numbers, heads))
 
 
 def plot(

@@ -335,6 +335,19 @@ def test_a_caption_in_any_script_is_drawn(caption):
     assert titled.shape != other.shape or (titled != other).any()
 
 
+def test_heads_stand_above_their_part_of_the_columns():
+    black = torch.full((3, 6, 32, 48), -1.0)
+    plain, headed = (np.asarray(media.filmstrip([("a", black)], heads=heads)) for heads in ((), ("one", "two", "")))
+    top = len(headed) - len(plain)
+    assert top > 14 and (headed[top + 6 :] == plain[6:]).all()
+    ink = np.flatnonzero((headed[: top + 6] < 128).any((0, 2)))
+    margin = headed.shape[1] - 6 * (144 + 12)
+    parts = [ink[(ink - margin) // (2 * (144 + 12)) == part] for part in range(3)]
+    assert len(ink) == sum(map(len, parts)) and all(part[-1] - part[0] > 200 for part in parts), "a line below each"
+    texts = [(headed[:18, part[0] : part[-1]] < 128).sum() for part in parts]
+    assert texts[0] > 50 and texts[1] > 50 and texts[2] == 0
+
+
 def test_filmstrip_shows_first_and_last():
     video = counting(16)
     strip = np.asarray(media.filmstrip([("", video)], columns=4))

@@ -1,6 +1,7 @@
 """Sampling: every task from the command line to its files, what a condition may see, long videos, and the mistakes."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -305,6 +306,17 @@ def test_a_long_video_encodes_its_prompts_once(run, calls):
     assert calls == {"forward": 2 * 3 * 2, "prompt_keys": 2, "encoder": 2}
 
 
+def test_keys_are_kept_of_no_more_prompts_than_are_in_use(model, calls):
+    """Of 14B's, a prompt has as many as 400 MB."""
+    config, opened = sample.prepare(SampleConfig("t2v", str(model), steps=1, dtype="float32"))
+    experts = sample.Experts(config, opened, ["a red circle", "a blue square"])
+    x1 = torch.zeros(2, 16, 7, 4, 4)
+    experts.walk(experts.prompts, x1, x1, torch.tensor([[1.0] * 7, [0.0] * 7]))
+    assert calls["prompt_keys"] == 3 and experts.keys.keys() == {"a blue square", config.negative_prompt}
+    experts.clear()
+    assert not experts.keys
+
+
 @torch.no_grad()
 def test_guidance_is_linear_in_the_scale(model):
     opened = _open(model)
@@ -323,6 +335,8 @@ def test_guidance_is_linear_in_the_scale(model):
     alone = sample.guided_velocity(transformer, prompts[1:], negative[1:], 3)(z[1:], tau[1:])
     torch.testing.assert_close(velocity(3)[1:], alone)
     torch.testing.assert_close(plain, transformer(z, tau, prompts))
+    keys = sample.guided_velocity(transformer, *map(transformer.prompt_keys, (prompts, negative)), 3)
+    assert torch.equal(keys(z, tau), velocity(3))
 
 
 # What a condition sees, and what becomes of it.
@@ -1149,6 +1163,162 @@ def test_a_mistake_with_prompts_is_one_sentence(flags, words, each, made, clips,
         flags = flags.replace(name, str(path))
     mistake(each(*flags.split()), *words)
     assert made() == [] and len(list((tmp_path / "full").iterdir())) == 1
+
+
+# A sweep.
+
+
+def _sweep_files(*cells):
+    suffixes = (".json", ".mp4", ".png")
+    return sorted([*(f"a-{cell}{suffix}" for cell in cells for suffix in suffixes), "a.json", "a.png"])
+
+
+def test_a_sweep_makes_what_single_runs_make_but_loads_once(run, model, made, calls, alive, tmp_path):
+    own, out = model / "lora.safetensors", tmp_path / "out"
+    flags = ["--task", "i2v", "--frames", 9, "--steps", 2]
+    result = run(*flags, "--sweep", "noise=0,0.30", "lora=1.7,1")
+    assert result.status == 0 and "8/8" in result.err and result.out.endswith("a.png\n"), result
+    cells = {f"noise={m}-lora={s}": (m, s) for m in ("0", "0.3") for s in ("1", "1.7")}
+    assert made() == _sweep_files(*cells) and len(result.out.splitlines()) == len(made())
+    loads = [name for name, _ in alive if name != "decode"]
+    assert loads == ["vae", "text_encoder", "high", "high"] and alive.count(("decode", {"vae", "high"})) == 4
+    assert calls == {"forward": 4 * 2 * 2, "prompt_keys": 2 * 2, "encoder": 2}
+
+    for name, (m, strength) in cells.items():
+        assert run(*flags, "--noise", m, "--lora", f"{own.as_posix()}:{strength}", out="b.mp4").status == 0
+        again = call(sample, "--from-json", out / f"a-{name}.json", "--out", out / "c.mp4")
+        assert again.status == 0, again.err
+        for suffix in (".mp4", ".png"):
+            bytes = (out / f"a-{name}{suffix}").read_bytes()
+            assert bytes == (out / f"b{suffix}").read_bytes() == (out / f"c{suffix}").read_bytes()
+        assert _settings(out / f"a-{name}.json") == _settings(out / "b.json") | {"out": str(out / f"a-{name}.mp4")}
+        [path.unlink() for path in (*out.glob("b.*"), *out.glob("c.*"))]
+
+    sheet, record = (out / "a.png").read_bytes(), _settings(out / "a.json")
+    again = call(sample, "--from-json", out / "a.json", "--out", out / "d.mp4")
+    assert again.status == 0, again.err
+    assert (out / "d.png").read_bytes() == sheet and _settings(out / "d.json") == record | {"out": str(out / "d.mp4")}
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize(
+    "axes",
+    [{"steps": (1, 2), "seed": (3, 4)}, {"guidance": (1, 2), "history-guidance": (2,)}, {"shift": (1, 5)}],
+    ids=" ".join,
+)
+def test_whatever_is_swept_gives_what_its_flag_gives(axes, experts, run, model, two, tmp_path):
+    flags = ["--task", "extend", "--frames", 21, "--steps", 2, "--only-new"]
+    flags += ["--model", two, "--guidance-2", 3] if experts == 2 else []
+    sweep = [f"{name}={','.join(map(str, values))}" for name, values in axes.items()]
+    assert run(*flags, "--sweep", *sweep).status == 0
+    for values in itertools.product(*axes.values()):
+        own = [flag for name, value in zip(axes, values, strict=True) for flag in (f"--{name}", value)]
+        cell = tmp_path / "out" / "-".join(["a", *map("{}={}".format, axes, values)])
+        assert run(*flags, *own, "--overwrite", out="b.mp4").status == 0
+        assert (tmp_path / "out" / "b.mp4").read_bytes() == Path(f"{cell}.mp4").read_bytes()
+        assert _settings(tmp_path / "out" / "b.json") | {"out": f"{cell}.mp4"} == _settings(Path(f"{cell}.json"))
+
+
+def test_the_sheet_is_labelled_and_shows_what_was_made(run, monkeypatch, tmp_path):
+    sheets, videos, filmstrip = [], [], media.filmstrip
+
+    def drawn(rows, marks=(), *how, **others):
+        if not marks:
+            sheets.append((rows, *how[2:]))
+        return filmstrip(rows, marks, *how, **others)
+
+    monkeypatch.setattr(media, "filmstrip", drawn)
+    monkeypatch.setattr(media, "write_video", lambda path, frames, *_: videos.append(torch.stack(list(frames), 1)))
+    assert run("--task", "i2v", "--frames", 9, "--steps", 1, "--sweep", "lora=1.7,1", "seed=0,1,2").status == 0
+    rows, numbers, heads = sheets[-1]
+    assert [title for title, _ in rows] == ["lora=1.7", "lora=1"] and heads == ["seed=0", "seed=1", "seed=2"]
+    assert numbers == [1, 5, 8] * 3, "the first frame is given, and the same in all"
+    for (_, row), own in zip(rows, (videos[3:], videos[:3]), strict=True):  # those of 1 were made first
+        assert torch.equal(row, torch.cat([video[:, [1, 5, 8]] for video in own], 1))
+    assert len(sheets) == 6 and sheets[0][0][0][1].min() == 1, "of what is not made yet the place is white"
+    assert media.read_image(tmp_path / "out" / "a.png").shape[2] > 9 * 100
+
+    assert run("--task", "extend", "--frames", 21, "--steps", 1, "--sweep", "seed=0,1", out="b.mp4").status == 0
+    rows, numbers, heads = sheets[-1]
+    assert [title for title, _ in rows] == ["seed=0", "seed=1"] and not heads
+    assert numbers == [33, 37, 40], "frames of the whole clip, of which 33 were there"
+    assert torch.equal(rows[1][1], videos[-1][:, numbers])
+
+
+def test_a_sweep_that_is_stopped_leaves_the_cells_that_are_done(run, made, monkeypatch):
+    generate, calls = sample.generate, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return generate(*arguments)
+
+    monkeypatch.setattr(sample, "generate", stopped)
+    flags = ["--task", "t2v", "--frames", 5, "--steps", 1, "--sweep", "seed=1,2,3"]
+    stop = 1
+    assert run(*flags).status == 130 and made() == []
+    stop = 4
+    assert run(*flags).status == 130 and made() == _sweep_files("seed=1", "seed=2")
+
+
+def test_a_sweep_changes_the_loras_that_have_no_strength(run, model, tmp_path):
+    own = (model / "lora.safetensors").as_posix()
+    flags = ["--task", "t2v", "--frames", 5, "--steps", 1, "--lora", f"{own}:0.5", own]
+    assert run(*flags, "--sweep", "lora=1.25,-1").status == 0
+    for strength in ("1.25", "-1"):
+        settings = _settings(tmp_path / "out" / f"a-lora={strength}.json")
+        assert settings["lora"] == [f"{own}:0.5", f"{own}:{strength}"]
+
+
+def test_a_dry_run_of_a_sweep_tells_each_cell(run, made):
+    result = run("--task", "i2v", "--dry-run", "--sweep", "steps=2,4", "guidance=1,3")
+    assert result.status == 0 and made() == []
+    for steps, guidance, passes in ((2, 1, 2), (2, 3, 4), (4, 1, 4), (4, 3, 8)):
+        assert f"steps={steps}\n\nguidance={guidance}\n\nsettings: " in result.out
+        assert len(re.findall(rf"\b{passes} passes", result.out)) == [2, 4, 4, 8].count(passes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--sweep strength=0.5,1", ["--sweep strength=0.5,1", "one or two of noise, lora", "noise=0,0.2"]),
+        ("--sweep noise", ["--sweep noise", "numbers with commas"]),
+        ("--sweep noise=0,a", ["--sweep noise 0,a", "numbers with commas"]),
+        ("--sweep seed=1.5", ["--sweep seed 1.5", "numbers with commas"]),
+        ("--sweep noise=0 lora=1 seed=1", ["noise=0 lora=1 seed=1", "one or two of"]),
+        ("--sweep seed=0 seed=1", ["seed=0 seed=1", "one or two of"]),
+        ("--sweep shift=1,1.0", ["shift=1,1.0", "each of them once"]),
+        ("--sweep lora=1,nan", ["lora=1,nan", "finite numbers"]),
+        ("--sweep noise=0,1.5", ["noise 1.5", "[0, 1]"]),
+        ("--sweep guidance=1,-1", ["--guidance -1", "0 or more"]),
+        ("--sweep history-guidance=-1", ["--history-guidance -1", "0 or more"]),
+        ("--sweep steps=4,0", ["--steps 0", "at least 1"]),
+        ("--sweep shift=3,0", ["shift 0", "above 0"]),
+        ("--sweep seed=1,99999999999999999999", ["--seed 9999", "64 bits"]),
+        ("--sweep lora=1,2 --no-lora", ["--sweep lora", "a LoRA without a strength", "--lora PATH"]),
+        ("--sweep lora=1,2 --lora MODEL/lora.safetensors:1", ["--sweep lora", "a LoRA without a strength"]),
+        ("--task t2v --sweep noise=0,0.2", ["got noise for t2v", "expected none"]),
+        ("--sweep seed=0 --plot", ["--sweep seed=0 with --prompts or --plot", "neither"]),
+        ("--task t2v --sweep seed=0 --prompts none.txt", ["--sweep seed=0 with --prompts or --plot", "neither"]),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_told_before_all_the_work(flags, words, run, made, model, monkeypatch):
+    monkeypatch.setattr(sample, "Experts", None)
+    mistake(run("--task", "i2v", *flags.replace("MODEL", str(model)).split()), *words)
+    assert made() == []
+
+
+def test_a_sweep_replaces_nothing(run, made, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a-seed=2.json").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "Experts", None)
+        mistake(run("--task", "t2v", "--sweep", "seed=1,2"), "a-seed=2.json exists", "--overwrite")
+    assert made() == ["a-seed=2.json"]
+    flags = ["--task", "t2v", "--frames", 5, "--steps", 1, "--overwrite", "--sweep", "seed=1,2"]
+    assert run(*flags).status == 0 and made() == _sweep_files("seed=1", "seed=2")
+    assert _settings(tmp_path / "out" / "a-seed=2.json")["seed"] == 2
 
 
 # Presets.

@@ -12,7 +12,7 @@ import math
 import pickle
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -173,14 +173,20 @@ def usual_strength(path: Path | str, expert: str = "") -> float:
     return 1.0 if not whole or ranks != {(512,)} else 1.5 if expert == "high" else 1.4
 
 
-def with_strengths(entries: Iterable[str], own: Path, strength: float) -> tuple[str, ...]:
-    """[high=|low=]PATH:STRENGTH of each LoRA. Without a strength, the model's `own` file has this, others the usual."""
+def with_strengths(entries: Sequence[str], own: Path, strength: float, swept: float | None = None) -> tuple[str, ...]:
+    """[high=|low=]PATH:STRENGTH of each LoRA. Without a strength, the model's `own` file has this, others the usual.
+
+    swept: the strength of all of those instead. ValueError if there are none.
+    """
     found = []
     for entry in entries:
         expert, path, given = parse_entry(entry)
         is_own = existing(path) and own.exists() and own.samefile(path)
-        usual = None if given is not None else strength if is_own else usual_strength(path, expert)
-        found.append(entry if usual is None else f"{entry}:{usual:g}")
+        if given is None:
+            usual = strength if is_own else usual_strength(path, expert)
+            entry = f"{entry}:{usual if swept is None else swept:.15g}"
+        found.append(entry)
+    cli.expect(swept is None or found != list(entries), "--sweep lora", "a LoRA without a strength, as in --lora PATH")
     return tuple(found)
 
 
