@@ -130,10 +130,12 @@ def draw(lab: Lab, path: Path) -> None:
     with style.context(plots.STYLE):
         sheet = figure.Figure(figsize=(8, 5.4), dpi=200, layout="constrained")
         sheet.suptitle(TITLE, x=0.01, ha="left", fontsize=12, color="#222222")
-        for axes, (label, paper, shown) in zip(sheet.subplots(2, 3).flat, panels, strict=True):
+        grid = sheet.subplots(2, 3)
+        for axes, (label, paper, shown) in zip(grid.flat, panels, strict=True):
             panel(axes, lab, paper, shown)
             axes.set_xlabel(label)
-        sheet.supylabel("error, px", fontsize=9)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("error, px")
         with cli.replacing(path) as temporary:
             sheet.savefig(temporary, metadata={"Software": None})
 
@@ -147,7 +149,8 @@ def panel(axes: "Axes", lab: Lab, paper: float, shown: dict[str, Curve]) -> None
         axes.errorbar(at, errors, spreads, color=colour, label=label or None)
         axes.plot(at[lowest], errors[lowest], "o", color=colour)
     axes.axvline(np.interp(paper, values, range(len(values))), color=plots.GREY, linestyle=":")
-    axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    ticks = [f"{value:g}" if value < 1000 else f"{value / 1000:g}k" for value in values]
+    axes.set_xticks(range(len(values)), ticks)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     if len(shown) > 1:

@@ -106,7 +106,7 @@ class Lab:
                 train.train(
                     train.TrainConfig(
                         data=self.config.work, model=self.config.model, out=str(out), device=self.device,
-                        resume=(out / "settings.json").exists(), val_every=10**6, **settings,
+                        resume=(out / "settings.json").exists(), val_every=0, **settings,
                     ), self.training_data,
                 )  # fmt: skip
         return out / "lora.safetensors"

@@ -163,7 +163,7 @@ def draw(lab: Lab, path: Path) -> None:
     known = {"LoRA": CHANGED} | ({"I2V finetune": FINETUNE} if FINETUNE in lab.figures else {})
     grids = {name: 100 * by_layer(lab, changed).view(-1, len(lora.TARGETS)).T for name, changed in known.items()}
     with style.context(plots.STYLE):
-        sheet = figure.Figure(figsize=(8, 7), dpi=100, layout="constrained")
+        sheet = figure.Figure(figsize=(8, 7), dpi=200, layout="constrained")
         sheet.suptitle(TITLE, x=0.01, ha="left", fontsize=12, color="#222222")
         upper, lower = sheet.subfigures(2, 1)
         for axes, (name, grid) in zip(upper.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):

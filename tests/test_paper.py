@@ -205,8 +205,10 @@ def test_the_whole_runs_and_its_orders_are_right(config):
     page = (Path(config.docs) / "reproduction.md").read_text(encoding="utf-8")
     for name in names:
         assert f"![{name}]({name}.png)" in page and f"| not run |  | `python -m paper {name}` |" not in page
-    claimed = lab.Lab(config, "zero_shot")
-    assert claimed.below("extend, seed-0: error", "extend, base: error")
+    varied = lab.Lab(config, "ablation")
+    strengths, extend = (ablation.curves(varied)[name] for name in ("rank 32", "p_async, extend"))
+    assert varied.below(strengths[1].name, strengths[0].name), "Pusa against the base, from an image"
+    assert varied.below(extend[1].name, extend[0].name), "Pusa against a LoRA of two steps, from a clip"
     looked = lab.Lab(config, "mechanism")
     assert looked.below(*(mechanism.taken_name(network, 0.0) for network in ("Pusa", "base")))
 
