@@ -75,7 +75,7 @@ def picture(config: lab.Config, name: str) -> Path:
 
 
 def report(config: lab.Config) -> None:
-    """Write what all results of the folder say: in full into the page, each claim's first line into the README."""
+    """Write what the results of the folder say: all into the page, the first line of what was run into the README."""
     benches = {name: lab.Lab(config, name) for name in CLAIMS}
     told = {name: lines(name, bench) for name, bench in benches.items()}
     page = [PAGE, *table([*HEAD, "command"], [[*line, f"`python -m paper {n}`"] for n in CLAIMS for line in told[n]])]
@@ -88,7 +88,10 @@ def report(config: lab.Config) -> None:
             page += ["", f"{bench.scenes} scenes, {seeds} seeds; measured at {', '.join(commits)}."]
     with cli.replacing(Path(config.docs) / "reproduction.md") as path:
         path.write_text("\n".join(page) + "\n", encoding="utf-8")
-    fill(Path(config.readme), table(HEAD, [told[name][0] for name in CLAIMS]))
+    measured = [name for name in CLAIMS if benches[name].figures]
+    left = [f"Not run yet: {', '.join(f'`{name}`' for name in CLAIMS if name not in measured)}."]
+    short = table(HEAD, [told[name][0] for name in measured]) if measured else []
+    fill(Path(config.readme), [*short, *([""] * bool(short)), *(left if len(measured) < len(CLAIMS) else [])])
 
 
 def lines(name: str, bench: lab.Lab) -> list[Line]:

@@ -173,8 +173,8 @@ def test_the_readme_gets_the_first_line_of_each_claim(config, claims):
     )
     assert (before, after) == ("# before\n\n", "\n\nafter\n")
     assert table.strip().splitlines() == [
-        "| claim | the paper | here | holds |", "| --- | --- | --- | --- |", "| What bad claims. |  | not run |  |",
-        "| What undrawn claims. |  | not run |  |", "| a | 1 | 2 | cannot be told |",
+        "| claim | the paper | here | holds |", "| --- | --- | --- | --- |", "| a | 1 | 2 | cannot be told |", "",
+        "Not run yet: `bad`, `undrawn`.",
     ]  # fmt: skip
 
 
