@@ -2,12 +2,16 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-slow tiny evaluate paper gallery clean
+.PHONY: demo play test test-slow tiny evaluate paper gallery clean
 
 TASKS = t2v i2v start-end extend prepend complete transition keyframes loop restyle retake stream
 
 demo: .venv/demo
 	$(BIN)/python sample.py --task extend
+
+# A page in the browser, on this machine only.
+play: .venv/play
+	$(BIN)/python -m play --browser
 
 test: .venv/dev
 	$(BIN)/ruff check .
@@ -36,6 +40,10 @@ gallery: .venv/demo
 .venv/demo: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/play: requirements-play.txt .venv/demo
+	$(BIN)/python -m pip install --quiet -r requirements-play.txt
 	touch $@
 
 .venv/dev: requirements-dev.txt .venv/demo

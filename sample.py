@@ -74,6 +74,7 @@ class SampleConfig:
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
     boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SIGMA)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
+    tau: str | None = cli.option(None, "file with a table of noise levels to walk, steps down, latent frames across")
     seed: int = cli.option(0, "seed of the noise", (-(2**63), 2**64 - 1, "a whole number of 64 bits"))
     sweep: tuple[str, ...] | None = cli.option(None, "a video for each value of one or two of " +
         f"{', '.join(records.SWEPT)}, as in noise=0,0.2 lora=1,1.4; and a contact sheet", nargs="+")  # fmt: skip
@@ -169,6 +170,9 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
     # A frame takes 1 - d_max of the run, so delays add steps. 1e-6: floating-point error must not add one more.
     steps = [math.ceil(config.steps / (1 - plan.d.max().item()) - 1e-6) for plan in plans]
     taus = [tasks.tau_schedule(plan.m, K, config.shift, plan.d) for plan, K in zip(plans, steps, strict=True)]
+    if config.tau is not None:
+        cli.expect(len(plans) == 1, f"--tau for a video of {len(plans)} windows", "one: leave out --frames or --tau")
+        taus = [records.read_table(Path(config.tau).read_text(encoding="utf-8", errors="replace"), F)]
     given = records.given_frames(first, F, backwards, may_change=not tasks.TASKS[config.task].noise)
     return Job(plans, taus, F, carried, backwards, given, records.around(config, first, F))
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 COLOURS, GREY = ("#1f5fa8", "#e87722", "#2a9d6f", "#8a4fbf"), "#555555"
+DATA_TO_NOISE = ("#fff4de", "#e86a5c", "#2c1e54")  # how a noise level is coloured, from 0 to 1
 STYLE = [  # the same everywhere, whatever the user's own settings say
     "default",
     {"text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "grid.color": "#dddddd"},
@@ -28,7 +29,7 @@ def tau_table(path: Path | str, taus: Tensor, given: Sequence[tuple[str, Sequenc
 
     levels, (K1, F) = taus.cpu().numpy(), taus.shape
     width, height = max(0.18, min(0.6, 9 / F)), max(0.08, min(0.3, 4.8 / K1))  # of a cell, in inches
-    data_to_noise = colors.LinearSegmentedColormap.from_list("", ("#fff4de", "#e86a5c", "#2c1e54"))
+    data_to_noise = colors.LinearSegmentedColormap.from_list("", DATA_TO_NOISE)
     with style.context(STYLE):
         sheet = figure.Figure(figsize=(F * width, K1 * height), dpi=100)  # of the cells; what lies around is saved too
         axes = sheet.add_axes((0, 0, 1, 1), xlim=(0, F), ylim=(K1, 0), xlabel="latent frame", ylabel="step")

@@ -198,6 +198,20 @@ def pixels(config: Config, slot: NamedTuple) -> Tensor:
     return media.read_video(name, size, config.fps, **end)
 
 
+def read_table(text: str, F: int) -> Tensor:
+    """τ (K+1, F) of a text: a line for each step, of F levels between commas or spaces, or as --dry-run prints it."""
+    rows = [line.rpartition("|")[2].replace(",", " ").split() for line in text.splitlines() if line.strip()]
+    rows = rows[text.lstrip().startswith("step |") :]
+    try:
+        taus = torch.tensor([[float(word) for word in row] for row in rows])
+    except ValueError:  # no numbers, or not as many in each line
+        taus = torch.empty(0)
+    right = taus.dim() == 2 and len(taus) > 1 and taus.shape[1] == F and ((taus >= 0) & (taus <= 1)).all()
+    got = f"{len(rows)} lines of {' or '.join(map(str, sorted(set(map(len, rows)))))} numbers as noise levels"
+    cli.expect(right, got, f"a line for each step and one for the end, each of {F} numbers in [0, 1]")
+    return taus
+
+
 # What is left.
 
 

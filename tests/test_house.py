@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IDEA, SEVEN = ("vta", "flow", "tasks", "lora"), ("vta", "flow", "tasks", "lora", "model", "sample", "train")
-FLOORS = ("support", "wan", "seven", "toy", "paper")  # each imports from its own floor and from those before it
+FLOORS = ("support", "wan", "seven", "toy", "paper", "play")  # each imports from its own floor and from those before it
 NEVER = {  # what a file must not import, besides what its floor forbids
     "vta": SEVEN, "flow": SEVEN, "tasks": ("model", "lora", "sample", "train"), "lora": ("sample", "train"),
     "model": ("sample", "train", "lora", "flow", "tasks"), "train": ("sample",), "sample": ("train",),
@@ -36,7 +36,8 @@ def _imports(tree: ast.AST) -> set[str]:
 
 
 ARROWS = {name: _imports(tree) - {name} for name, tree in TREES.items()}
-HOUSE = [name for name in MODULES if not name.startswith("paper.")]  # of the paper's claims each stands alone
+# Of the paper's claims each stands alone, and the page only uses what is there.
+HOUSE = [name for name in MODULES if not name.startswith(("paper.", "play."))]
 
 
 def _floor(name: str) -> int:
@@ -111,4 +112,4 @@ def test_the_method_is_short():
 
 def test_the_house_is_small():
     """All but the paper's claims, the page to play with, tests and benchmarks."""
-    assert _lines(*HOUSE) <= 6480
+    assert _lines(*HOUSE) <= 6500

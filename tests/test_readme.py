@@ -31,6 +31,7 @@ import sample
 import tasks
 import train
 from paper import lab, vbench
+from play.__main__ import PlayConfig
 from support import cli, dataset, report
 from toy import grow, judge, world
 from wan import checkpoint, lora_files
@@ -41,10 +42,10 @@ CONFIGS = {
     "sample.py": sample.SampleConfig, "train.py": train.TrainConfig, "tasks.py": tasks.Config,
     "lora.py": lora_files.LoRAConfig, "-m toy.world": world.WorldConfig, "-m toy.grow": grow.TinyConfig,
     "-m toy.judge": judge.JudgeConfig, "-m support.report": report.ReportConfig,
-    "-m paper": lab.Config, "-m paper.vbench": vbench.Config,
+    "-m paper": lab.Config, "-m paper.vbench": vbench.Config, "-m play": PlayConfig,
 }  # fmt: skip
 SHORTER = {"train.py": ["--steps", "2", "--val-every", "0"], "-m toy.world": ["--count", "2"]}
-PACKAGES = ("wan", "support", "toy", "paper")
+PACKAGES = ("wan", "support", "toy", "paper", "play")
 OTHERS_FLAGS = {"--index-url", "--nproc-per-node"}  # of pip and torchrun
 
 # Named in the README, but made by its commands or by the reader, or part of other people's folders.
