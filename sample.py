@@ -391,7 +391,7 @@ def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) ->
         for labels, (cell, job) in sorted(runs.items(), key=lambda run: run[1][0].lora):
             experts.config = cell
             (latents,) = generate(experts, job, inputs, [cell.seed], on_step)
-            if not config.sweep:
+            if not config.sweep:  # whose next cell needs the transformer
                 experts.clear()
             sheet.write(labels, cell, decode(experts.vae, latents), job.given, job.around)
         if config.plot:
