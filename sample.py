@@ -86,6 +86,7 @@ class SampleConfig:
     overwrite: bool = cli.option(False, "replace files that exist")
     dry_run: bool = cli.option(False, "print the tau table, the memory and the time it would take, and stop")
     plot: bool = cli.option(False, "also draw the tau table and a filmstrip of the denoising")
+    mark: bool = cli.option(False, "put each frame in a border: blue if it was given, orange if it was generated")
     from_json: str | None = cli.option(None, "repeat the run of this file, except for what other flags say")
 
 

@@ -340,6 +340,12 @@ def save_image(path: Path | str, image: Image.Image | Tensor) -> None:
         temporary.write_bytes(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=".png"))
 
 
+def bordered(frame: Tensor, given: bool) -> Tensor:
+    """A frame (3, H, W) in [-1, 1] in a border of 2 pixels, whose colour says whether it was given."""
+    colour = (torch.tensor(GIVEN if given else GENERATED) / 127.5 - 1)[:, None, None]
+    return functional.pad(frame - colour, (2, 2, 2, 2)) + colour
+
+
 def filmstrip(
     rows: Sequence[tuple[str, Tensor]], marks: Sequence[Sequence[bool] | None] = (), height: int = 96,
     columns: int = 12, numbers: Sequence[int] | None = None, heads: Sequence[str] = (),

@@ -19,7 +19,10 @@ from torch import Tensor
 from support import cli, dataset, media, plots
 
 Config = TypeVar("Config")  # a dataclass of settings
-EXAMPLES = Path("clips")
+EXAMPLES, EXAMPLE_CLIPS = Path("clips"), ("00009.mp4", "00015.mp4")  # what a task takes that is given nothing
+# Stretches of the first in which its caption holds at the start of what is made; what `restyle` makes of it.
+EXAMPLE_STRETCHES = {"extend": "@0-12", "prepend": "@16-32"}
+_RESTYLED = "a large yellow circle moving right slowly on a grey background"
 _NOT_REPEATED = ("out", "overwrite", "dry_run")
 # What a flag beside --from-json takes back: what excludes it, or what was settled by the setting that it replaces.
 _UNDOES = {
@@ -119,18 +122,19 @@ def with_inputs(config: Config, needed: NamedTuple, size: tuple[int, int], as_lo
     first, at the number of pixels of `size`. as_long_as_the_clip: whether a `retake` of a short clip has fewer frames.
     """
     image, video, at, between = config.image or (), config.video or (), config.at, config.between
-    folder = EXAMPLES if (EXAMPLES / "00000.mp4").exists() else Path(__file__).parent.parent / EXAMPLES
-    one, other = (str(folder / name) for name in ("00000.mp4", "00001.mp4"))
+    folder = EXAMPLES if (EXAMPLES / EXAMPLE_CLIPS[0]).exists() else Path(__file__).parent.parent / EXAMPLES
+    one, other = (str(folder / name) for name in EXAMPLE_CLIPS)
     source = video[0] if video else one if config.task in ("t2v", "stream") else None
     if not image and not video and (needed.images != 0 or needed.videos):
         F, images = cli.latent_frames(config.frames), [f"{one}@{n}" for n in (0, 16, 32)]
         image = {0: [], 1: images[:1], 2: images[::2], None: images}[needed.images]
-        video, source = (one, other)[: needed.videos or 0], one
+        video = (one + EXAMPLE_STRETCHES.get(config.task, ""), other)[: needed.videos or 0]
+        source = other if config.task == "transition" else one
         at = f"0,{F // 2},{F - 1}" if config.task == "keyframes" and at is None else at
         between = "0.5,1.25" if config.task == "retake" and between is None else between
     prompt = config.prompt
     if prompt is None and config.prompts is None:
-        prompt = caption(source) if source else ""
+        prompt = _RESTYLED if config.task == "restyle" and not config.video else caption(source) if source else ""
     size = cli.parse_size(config.size) if config.size else size_like(image, video, size)
     changes = {"image": tuple(image), "video": tuple(video), "at": at, "between": between, "prompt": prompt}
     if config.task == "retake" and video and as_long_as_the_clip:
@@ -168,9 +172,9 @@ def clips_asked(config: Config) -> int:
 
 
 def _prompts(config: Config) -> list[str]:
-    if config.task != "t2v" or config.prompt is not None or config.overwrite or config.plot:
-        raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot or --overwrite, expected "
-                         "none of them; to make clips anew, choose another --out")  # fmt: skip
+    if config.task != "t2v" or config.prompt is not None or config.overwrite or config.plot or config.mark:
+        raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot, --mark or --overwrite, "
+                         "expected none of them; to make clips anew, choose another --out")  # fmt: skip
     return dataset.read_prompts(config.prompts)
 
 
@@ -342,7 +346,7 @@ def write_run(
         for n, frame in enumerate(frames):
             if n in shown:
                 shown[n] = frame
-            yield frame
+            yield media.bordered(frame, given[n]) if config.mark else frame
 
     media.write_video(files["video"], watched(), config.fps, sound)
     strip = [(f"{config.task}: {config.prompt}", torch.stack(list(shown.values()), dim=1))]

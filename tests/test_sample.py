@@ -38,6 +38,8 @@ NAMES = tuple(tasks.TASKS)
 def examples(clips, monkeypatch):
     """The clips that a task takes when it is given none."""
     monkeypatch.setattr(records, "EXAMPLES", clips)
+    monkeypatch.setattr(records, "EXAMPLE_CLIPS", ("00000.mp4", "00001.mp4"))
+    monkeypatch.setattr(records, "EXAMPLE_STRETCHES", {})
 
 
 @pytest.fixture
@@ -275,6 +277,20 @@ def test_plot_writes_both_pictures(run, made, tmp_path):
     assert made() == ["a-denoising.png", "a-tau.png", "a.json", "a.mp4", "a.png"]
     for name in ("a-denoising.png", "a-tau.png"):
         assert media.read_image(tmp_path / "out" / name).std() > 0.1
+
+
+def test_mark_borders_what_was_given_and_what_was_generated(run, tmp_path):
+    """Of the video alone: the filmstrip has its own borders."""
+    for out, flags in (("a.mp4", []), ("b.mp4", ["--mark"]), ("c.gif", ["--mark"])):
+        assert run("--task", "extend", *flags, out=out).status == 0
+    plain, *marked = (media.read_video(tmp_path / "out" / name) for name in ("a.mp4", "b.mp4", "c.gif"))
+    assert (tmp_path / "out" / "a.png").read_bytes() == (tmp_path / "out" / "b.png").read_bytes()
+    for video in marked:
+        assert video.shape == (3, plain.shape[1], 36, 36)
+        assert (video[:, :33, 2:-2, 2:-2] - plain[:, :33]).abs().mean() < 0.1  # noise, as after that, is not well kept
+        for n, colour in ((0, media.GIVEN), (32, media.GIVEN), (33, media.GENERATED), (-1, media.GENERATED)):
+            border = torch.cat([video[:, n, 0], video[:, n, :, -1]], dim=1).mean(1)
+            assert torch.allclose(border, torch.tensor(colour) / 127.5 - 1, atol=0.12), (n, border)
 
 
 # The network's work.
@@ -1141,6 +1157,7 @@ def test_a_dry_run_counts_all_clips(each, made):
         ("--prompt red", ["--prompts", "--prompt,", "none of them"]),
         ("--overwrite", ["--prompts", "--overwrite", "another --out"]),
         ("--plot", ["--prompts", "--plot", "none of them"]),
+        ("--mark", ["--prompts", "--mark", "none of them"]),
         ("--image CLIP@0", ["got 1 images for t2v"]),
         ("--out OUT/a.mp4", ["a.mp4 as --out of --prompts", "expected a folder"]),
         ("--out EMPTY", ["empty.txt as --out of --prompts", "expected a folder"]),
