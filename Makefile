@@ -4,10 +4,9 @@ BIN = .venv/bin
 
 .PHONY: demo play test test-slow tiny evaluate paper gallery clean
 
-TASKS = t2v i2v start-end extend prepend complete transition keyframes loop restyle retake stream
-
 demo: .venv/demo
 	$(BIN)/python sample.py --task extend
+	@echo 'for the other commands of the README: source .venv/bin/activate'
 
 # A page in the browser, on this machine only.
 play: .venv/play
@@ -32,9 +31,12 @@ evaluate: .venv/demo
 paper: .venv/demo
 	$(BIN)/python -m paper
 
-# Make the README's pictures anew, each by the command that it shows.
+# Make the README's pictures anew by the commands that it shows under "The tasks"; three of them with the LoRA off, too.
 gallery: .venv/demo
-	for task in $(TASKS); do $(BIN)/python sample.py --task $$task --out assets/$$task.gif --overwrite || exit 1; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh -ec "$$(sed -n '/^## The tasks/,/^```$$/ \
+	  s/^python sample.py --task \([a-z0-9-]*\).*/& --mark --overwrite --out assets\/\1.gif/p' README.md)"
+	for task in i2v extend complete; do $(BIN)/python sample.py --from-json assets/$$task.json --no-lora --overwrite \
+	  --out assets/$$task-base.gif || exit 1; done
 	$(BIN)/python tasks.py --out assets/tau
 
 .venv/demo: requirements.txt

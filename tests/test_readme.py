@@ -14,6 +14,7 @@ How its commands are run, in their order, in a copy of what they need (the code,
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import runpy
 import shlex
@@ -265,13 +266,38 @@ def test_the_tree_is_that_of_the_repository():
 
 
 def test_every_task_has_its_pictures_and_its_command():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    made = re.search(r"^TASKS = (.*)$", makefile, re.M)[1].split()
-    assert made == list(tasks.TASKS) and "--out assets/$$task.gif" in makefile and "--out assets/tau" in makefile
-    assert re.findall(r"assets/([\w-]+)\.gif", README) == list(tasks.TASKS)
+    shown = re.findall(r"assets/([\w-]+)\.gif", README)
+    beside = [name for task in ("i2v", "extend", "complete") for name in (task, f"{task}-base")]
+    assert shown == [*tasks.TASKS, *beside]
     assert re.findall(r"assets/tau/([\w-]+)\.png", README) == list(tasks.TASKS)
     block = next(block.text for block in BLOCKS if block.heading == "The tasks")
     assert re.findall(r"--task ([\w-]+)", block) == list(tasks.TASKS)
+
+
+def test_the_gallery_is_made_by_the_commands_that_are_shown():
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").replace("$$", "$")
+    script = re.search(r"sed -n '[^']*' README\.md", recipe)[0].replace("\\\n", "")
+    printed = subprocess.run(["sh", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    block = next(block.text for block in BLOCKS if block.heading == "The tasks")
+    for line, command, task in zip(printed.splitlines(), block.splitlines(), tasks.TASKS, strict=True):
+        assert line == f"{command} --mark --overwrite --out assets/{task}.gif"
+        settings = json.loads((ROOT / f"assets/{task}.json").read_text(encoding="utf-8"))["settings"]
+        assert settings["task"] == task and settings["mark"], "make gallery"
+        config = cli.parse(sample.SampleConfig, "README", shlex.split(command)[2:])
+        for name in ("image", "video"):
+            assert settings[name] == list(getattr(config, name) or ()), f"make gallery: {task} is of other clips"
+        assert config.prompt in (None, settings["prompt"]), f"make gallery: {task} is of another prompt"
+
+
+def test_the_environment_is_entered_before_the_first_command():
+    lines = [line for block in BLOCKS if block.kind == "sh" for line in block.text.splitlines()]
+    first = next(n for n, line in enumerate(lines) if line.startswith("python sample.py"))
+    assert "source .venv/bin/activate" in lines[:first]
+
+
+def test_no_command_has_a_comment():
+    """The shell of macOS takes no comments in what is pasted."""
+    assert not [block.text for block in BLOCKS if block.kind == "sh" and "#" in block.text]
 
 
 # Words and numbers
@@ -357,11 +383,12 @@ def test_every_number_is_that_of_the_code():
         assert fact in text, fact
         text = text.replace(fact, "")
     # What is left of digits must be a name, a symbol's definition, a task's noise, or an address.
-    apart = r"<!-- evaluation -->.*?<!-- /evaluation -->|^```.*?^```$|^\|.*?$|`[^`\n]+`"
+    apart = r"<!-- evaluation -->.*?<!-- /evaluation -->|^```.*?^```$|^\|.*?$|`[^`\n]+`|<img [^>]*>"
     text = re.sub(apart, "", text, flags=re.M | re.S)
     names = (
         "https://arxiv.org/abs/2507.16116", "PUSA V1.0", "Wan2.1", "Wan2.2", "umT5", "fp32", "Python 3.10", "14B",
-        "Apache License 2.0", "folds pixels 2x2", "causal 3D", "(n + 3) // 4",
+        "Apache License 2.0", "folds pixels 2x2", "causal 3D", "(n + 3) // 4", "8x8 pixels", "arXiv 2502.06764",
+        "https://arxiv.org/abs/2502.06764", "NVIDIA H200", "torch 2.11",
     )  # fmt: skip
     for name in names:
         text = text.replace(name, "")
