@@ -370,7 +370,7 @@ def sample(config: SampleConfig) -> dict[str, Path]:
         for labels, (cell, job) in runs.items():
             print(*labels, records.told(cell, job.taus), estimate(cell, opened, job), sep="\n\n")
         return {}
-    return _sample_runs(config, opened, runs) if config.prompts is None else _sample_each(cell, opened, job)
+    return _sample_runs(config, opened, runs) if config.prompts is None else _sample_each(cell, opened, runs[labels][1])
 
 
 def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) -> dict[str, Path]:

@@ -156,7 +156,8 @@ def test_what_is_left_open_is_written_down(run, model, tmp_path):
     assert run("--task", "extend").status == 0
     settings = _settings(tmp_path / "out" / "a.json")
     open_still = {name for name, value in settings.items() if value is None}
-    assert open_still == {"seconds", "at", "between", "from_json", "preset", "prompts", "boundary", "guidance_2"}
+    unused = {"seconds", "at", "between", "from_json", "preset", "prompts", "boundary", "guidance_2", "sweep", "tau"}
+    assert open_still == unused
     assert settings["lora"] == [f"{(model / 'lora.safetensors').as_posix()}:1"]
     chosen = ("size", "frames", "steps", "shift", "guidance", "noise", "fps")
     assert [settings[name] for name in chosen] == ["32x32", FRAMES, 3, 3.0, 2.0, "0", 16.0]
