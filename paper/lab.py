@@ -46,6 +46,7 @@ class Config:
         (), "claims, or `train` for the trainings alone (default: all)", nargs="*", positional=True
     )
     quick: bool = cli.option(False, "a few scenes and steps, in a temporary folder: does it run, are the orders right")
+    scenes: int = cli.option(256, "scenes of each figure", (4, 10**6, "at least 4: one in four has two shapes"))
     measure: bool = cli.option(False, "write what is measured, and no pictures or report")
     model: str = cli.option("checkpoints/tiny", "the embedded model")
     work: str = cli.option("runs/paper", "folder for what is trained")
@@ -72,7 +73,7 @@ class Lab:
     def __init__(self, config: Config, claim: str):
         self.config, self.claim, self.device = config, claim, cli.pick_device(config.device)
         self.opened = checkpoint.open(config.model, Wan)
-        self.scenes, self.seeds = (4, (0,)) if config.quick else (256, (0, 1, 2))
+        self.scenes, self.seeds = (4, (0,)) if config.quick else (config.scenes, (0, 1, 2))
         self.path = Path(config.results) / f"{claim}.json"
         self.network = lru_cache(maxsize=4)(self._network)  # figures ask for the same ones again
         record = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
