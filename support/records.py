@@ -90,12 +90,12 @@ def swept(config: Config) -> dict[tuple[str, ...], dict[str, object]]:
     right = len({*names} & {*SWEPT}) == len(names) <= 2
     cli.expect(right, got, f"one or two of {', '.join(SWEPT)}, as in noise=0,0.2 lora=1,1.4")
     cli.expect(not names or config.prompts is None and not config.plot, f"{got} with --prompts or --plot", "neither")
+    free = config.tau is None or not {*names} & {"noise", "shift", "steps"}
+    cli.expect(free, f"{got} with --tau", "one of the two, as the table says all noise levels")
     for name, entry in zip(names, entries, strict=True):
-        whole = name in SWEPT[-2:]
-        values = cli.parse_numbers(f"sweep {name}", entry[len(name) + 1 :], int if whole else float)
+        values = cli.parse_numbers(f"sweep {name}", entry[len(name) + 1 :], int if name in SWEPT[-2:] else float)
         texts = {str(value).removesuffix(".0"): value for value in values}
-        right = len(texts) == len(values) and all(abs(value) < math.inf for value in values)
-        cli.expect(right, got, "finite numbers, each of them once")
+        cli.expect(len(texts) == len(values) and all(abs(v) < math.inf for v in values), got, "finite numbers, once")
         field = name.replace("-", "_")
         axes.append([(f"{name}={text}", field, text if name == "noise" else value) for text, value in texts.items()])
     return {tuple(label for label, _, _ in cell): {n: value for _, n, value in cell} for cell in product(*axes)}
