@@ -183,7 +183,8 @@ def open(name: str | Path, network: type[nn.Module], rehearsal: bool = False) ->
     models need no network. ValueError if there is no such model, or it is no text-to-video model.
     """
     path, repository, here = Path(name), None, Path(__file__).parent.parent / name
-    path = here if not path.exists() and here.is_dir() else path  # the embedded model lies beside the code
+    # The embedded model lies beside the code.
+    path = here if path.parts[:1] == ("checkpoints",) and not path.exists() and here.is_dir() else path
     if not (path.is_dir() or (path.is_file() and path.suffix == ".safetensors")):
         is_file_name = path.exists() or path.suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".gguf")
         if is_file_name or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
