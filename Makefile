@@ -18,7 +18,7 @@ test: .venv/dev
 
 # Trainings that are killed, shared out over processes, or start from nothing; what memory decoding takes.
 test-slow: .venv/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 # Grow the embedded model from nothing; stop it at any moment and run it again to go on.
 tiny: .venv/demo
