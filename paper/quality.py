@@ -15,20 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paper import i2v
+from paper import i2v, score
 from paper.efficiency import FINETUNE, PUSA
 from paper.lab import Lab, Row, page
 from support import plots
 from toy import world
 
 TITLE = "{} better clips from an image, by VBench's total"
-# VBench's least and greatest value and weight of each dimension, which it normalises and averages by
-# (Vchitect/VBench, scripts/constant.py and cal_i2v_final_score.py).
-AGAINST_THE_IMAGE = {"I2V subject": (0.1462, 1.0, 1.0), "I2V background": (0.2615, 1.0, 1.0)}
+# The dimensions that are here, with VBench's constants.
+AGAINST_THE_IMAGE = {"I2V subject": score.I2V["i2v_subject"], "I2V background": score.I2V["i2v_background"]}
 IN_ITSELF = {
-    "subject consistency": (0.1462, 1.0, 1.0), "background consistency": (0.2615, 1.0, 1.0),
-    "motion smoothness": (0.706, 0.9975, 1.0), "dynamic degree": (0.0, 1.0, 0.5),
-}  # fmt: skip
+    name: score.QUALITY[name.replace(" ", "_")]
+    for name in ("subject consistency", "background consistency", "motion smoothness", "dynamic degree")
+}
 DIMENSIONS = (*AGAINST_THE_IMAGE, *IN_ITSELF, "total")
 PAPER = {  # Pusa and Wan-I2V
     "total": (87.32, 86.86), "I2V subject": (97.64, 96.95), "I2V background": (99.24, 96.44),
@@ -129,9 +128,9 @@ def travelled(read: world.Readings) -> Tensor:
 def total(values: dict[str, Tensor]) -> Tensor:
     """VBench's total of the dimensions that are here, each 0 to 1."""
 
-    def half(constants: dict[str, tuple[float, float, float]]) -> Tensor:
-        parts = [weight * (values[name] - low) / (high - low) for name, (low, high, weight) in constants.items()]
-        return sum(parts) / sum(weight for *_, weight in constants.values())
+    def half(dimensions: dict[str, score.Dimension]) -> Tensor:
+        parts = [d.weight * (values[name] - d.low) / (d.high - d.low) for name, d in dimensions.items()]
+        return sum(parts) / sum(d.weight for d in dimensions.values())
 
     return (half(AGAINST_THE_IMAGE) + half(IN_ITSELF)) / 2
 
