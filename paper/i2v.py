@@ -151,19 +151,19 @@ def _clips(lab: Lab, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 def _trained(lab: Lab, steps: int, rate: float, state: Path) -> tuple[Wan, float]:
     """A finetune of the base, fp32, and the seconds that its training took."""
     network = widened(lab.opened.transformer(torch.float32, lab.device)).requires_grad_()
-    return network, _train(network, _clips(lab), steps, rate, state, lab.device)
+    return network, _train(network, _clips(lab), steps, rate, state, lab.device, lab.config.dtype)
 
 
 def _train(
     network: Wan, clips: tuple[Tensor, Tensor, Tensor], steps: int, rate: float, state: Path, device: str,
-    every: int = 500,
+    dtype: str, every: int = 500,
 ) -> float:  # fmt: skip
     """Train all weights as `train.py --full` does, and return the seconds that it took.
 
     state: a file that is written every so many steps, from which a training that was stopped goes on.
     """
     (optimizer,) = train.make_optimizers(train.TrainConfig(full=True, lr=rate), [network])
-    first, before, dtype = 0, 0.0, cli.pick_dtype("auto", device)
+    first, before, dtype = 0, 0.0, cli.pick_dtype(dtype, device)
     if state.exists():
         saved = torch.load(state, map_location=device, weights_only=True)
         network.load_state_dict(saved["network"])

@@ -56,6 +56,7 @@ class Config:
     only: str | None = cli.option(None, "with `train`: the names of the trainings, as in rank-2,rank-8")
     commit: str | None = cli.option(None, "name of this state of the code, for the results (default: git's)")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
+    dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
 
 
 class Row(NamedTuple):
@@ -85,7 +86,8 @@ class Lab:
     @cached_property
     def judge(self) -> Judge:
         """Scenes that neither training nor any choice of settings has seen, three in four with one shape."""
-        return Judge(self.opened, unseen_scenes(self.scenes, seed=100), self.device)
+        config = self.config
+        return Judge(self.opened, unseen_scenes(self.scenes, seed=100), self.device, config.dtype)
 
     def few(self, values: Sequence[T]) -> Sequence[T]:
         """The values, of which a quick pass takes only the first and the last."""
@@ -107,7 +109,7 @@ class Lab:
                 train.train(
                     train.TrainConfig(
                         data=self.config.work, model=self.config.model, out=str(out), device=self.device,
-                        resume=(out / "settings.json").exists(), val_every=0, **settings,
+                        dtype=self.config.dtype, resume=(out / "settings.json").exists(), val_every=0, **settings,
                     ), self.training_data,
                 )  # fmt: skip
         return out / "lora.safetensors"
@@ -168,7 +170,7 @@ class Lab:
         preset, self.commits = self.opened.preset, list(dict.fromkeys([*self.commits, self.commit]))
         facts = {
             "claim": self.claim, "scenes": self.scenes, "seeds": self.seeds, "commits": self.commits,
-            "torch": torch.__version__, "device": self.device, "model": self.config.model,
+            "torch": torch.__version__, "device": self.device, "dtype": self.config.dtype, "model": self.config.model,
             "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
         }  # fmt: skip
         lines = [f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items()]

@@ -62,7 +62,7 @@ def test_the_finetune_goes_on_where_it_was_stopped(base, tmp_path):
 
     def trained(steps, state):
         network = i2v.widened(base).requires_grad_()
-        i2v._train(network, data, steps, 1e-3, state, "cpu", every=2)
+        i2v._train(network, data, steps, 1e-3, state, "cpu", "auto", every=2)
         return network.state_dict()
 
     whole = trained(4, tmp_path / "a.pt")

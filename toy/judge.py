@@ -32,10 +32,12 @@ _AT = (0, 4, 8)  # latent frames of the key frames
 class Judge:
     """Scenes, their true clips, and what it takes to make the same clips by a transformer, many at a time."""
 
-    def __init__(self, opened: checkpoint.Opened, scenes: Sequence[world.Scene], device: str = "cpu"):
+    def __init__(
+        self, opened: checkpoint.Opened, scenes: Sequence[world.Scene], device: str = "cpu", dtype: str = "auto"
+    ):
         self.opened, self.scenes, self.device = opened, list(scenes), device
         self.batch = 256 if device.startswith("cuda") else 32  # clips at a time
-        self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype("auto", device)
+        self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype(dtype, device)
         with torch.device(device):
             self.truth = torch.stack([world.render(scene) for scene in self.scenes])
         encoder, tokenizer = opened.text_encoder(torch.float32, device), opened.tokenizer()
