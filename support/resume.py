@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -290,6 +291,10 @@ def _step_of(path: Path) -> int:
 
 def _read_state(path: Path) -> dict:
     try:
+        if distributed.rank() == 0:
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums but reads whatever there is
+                if broken := archive.testzip():
+                    raise ValueError(f"{broken} is damaged")
         # Only the first of several processes needs the tensors: the others map the file and read none of them.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=distributed.size() > 1)
         parts = ("settings", "inputs", "figures", "best", "model", "optimizers")
@@ -297,7 +302,7 @@ def _read_state(path: Path) -> dict:
             raise ValueError("it holds something else than a state as it is written today")
         return state
     except Exception as error:  # over damaged bytes the unpickler stumbles in every way there is
-        reason = str(error).splitlines()[0][:100]
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise ValueError(
             f"cannot read {path} ({reason}); delete it to go on from the one before, or start again with another --out"
         ) from error

@@ -1071,6 +1071,12 @@ def test_a_damaged_state_is_named(run, finished, tmp_path):
     mistake(run("--resume", "--steps", 2), "state-000002.pt", "delete it")
 
 
+def test_a_state_with_one_wrong_byte_is_named(run, finished, tmp_path):
+    path = tmp_path / "out" / "state-000002.pt"
+    path.write_bytes(path.read_bytes().replace(b"lora_A", b"lora_Z", 1))  # in the name of a layer, which still is one
+    mistake(run("--resume", "--steps", 2), "state-000002.pt", "delete it")
+
+
 def test_a_loss_that_is_no_number_stops_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "step_loss", lambda *arguments: torch.tensor(float("nan"), requires_grad=True))
     result = run()
