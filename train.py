@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import flow
 import lora
-import tasks
 from model import Wan
 from support import cli, cost, dataset, distributed, resume
 from support.dataset import Dataset
@@ -164,7 +163,7 @@ def set_up(opened: Opened, config: TrainConfig, prepare: Prepare) -> tuple[Datas
     torch.manual_seed(config.seed)
     for model in models.values() if config.from_scratch else ():
         model.init_weights()  # on the CPU, so that a seed gives the same on any device
-    inputs = {"clips": clips.digest, "base model": resume.fingerprint(transformer) if first else None}
+    inputs = {"clips": clips.digest, "base model": checkpoint.fingerprint(transformer) if first else None}
     trainable(transformer, config)
     if config.compile:
         torch._dynamo.config.recompile_limit = 8 * len(clips.training)  # each shape of latents is compiled separately
@@ -184,10 +183,15 @@ def encoded_clips(opened: Opened, config: TrainConfig, encoder: nn.Module | None
         with _autocast(config.device, dtype):
             return vae.encode(window.to(config.device))
 
-    name = f"{resume.fingerprint(vae)} {config.dtype}"
+    name = f"{checkpoint.fingerprint(vae)} {config.dtype}"
     cut = dataset.Cut(cli.parse_size(config.size), config.frames, opened.preset.fps, config.buckets)
+    sources, skipped = dataset.look_through(config.data, cut, config.strict)
+    load = partial(dataset.latents, cut=cut, encode=encode, encoder_name=name, folder=config.cache)
+    encoded, damaged = distributed.each_its_share(load, sources)
+    if damaged:
+        dataset.tell_skipped(skipped + damaged, sum(map(bool, encoded)), config.data, config.strict)
     contexts = partial(context_of, opened, config, encoder)
-    return dataset.prepare(config.data, cut, config.strict, encode, name, config.cache, contexts, config.seed)
+    return dataset.assembled(sources, encoded, skipped + damaged, contexts, config.seed)
 
 
 def context_of(opened: Opened, config: TrainConfig, encoder: nn.Module | None, captions: list[str]) -> dataset.Context:
@@ -306,7 +310,7 @@ def rehearse(config: TrainConfig) -> None:
     sources, _ = dataset.look_through(config.data, cut, config.strict)
     width, height = max((source.size for source in sources), key=math.prod)
     at_a_time, dtype = math.ceil(config.batch / config.gpus / config.accumulate), getattr(torch, config.dtype)
-    shape = (at_a_time, opened.config.in_dim, tasks.latent_frames(config.frames), height // 8, width // 8)
+    shape = (at_a_time, opened.config.in_dim, cli.latent_frames(config.frames), height // 8, width // 8)
     print(cost.training(
         outline(opened, config)["transformer"], partial(trainable, config=config), Wan.recompute_blocks, shape,
         torch.float32 if config.full else dtype, dtype, config.gpus, config.steps, config.batch,
@@ -338,19 +342,18 @@ def filmstrip(
     vae, preset = opened.vae(device=config.device), opened.preset
     sigma = flow.sigma_schedule(preset.steps, preset.shift)
     walked = sigma >= 0 if config.expert is None else (sigma >= config.boundary) == (config.expert == "high")
-    walked[-1] = True
+    walked[-1], sigma = True, sigma[:, None]  # a frame's τ is m · σ
     rows, marks = [], []
     for index in clips.validation[:2]:
         x0 = clips.latents[index][None].to(config.device)
-        F, N = x0.shape[2], tasks.pixel_frames(x0.shape[2])
+        F, N = x0.shape[2], cli.pixel_frames(x0.shape[2])
         x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(config.device)
         velocity = partial(transformer, context=clips.context([clips.prompts[index]]))
         given = {f"clip: {clips.prompts[index]}": F, "from its first frame": 1, "from its prompt": 0}
         for title, m in ((title, [0.0] * k + [1.0] * (F - k)) for title, k in given.items()):
-            taus = tasks.tau_schedule(m, preset.steps, preset.shift)[walked]
-            latents = flow.denoise(velocity, x0, x1, taus) if any(m) else x0
+            latents = flow.denoise(velocity, x0, x1, (sigma * torch.tensor(m))[walked]) if any(m) else x0
             rows.append((title, vae.decode(latents)[0].float().cpu()))
-            marks.append([m[tasks.latent_index(n, N)] == 0 for n in range(N)])
+            marks.append([m[cli.latent_index(n, N)] == 0 for n in range(N)])
     return rows, marks
 
 
@@ -375,7 +378,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
     expect(not (expert and config.from_scratch), "--from-scratch with --expert", "one, as experts share a text encoder")
     width, height = cli.parse_size(config.size or "{}x{}".format(*opened.preset.size))
     frames = opened.preset.frames if config.frames is None else config.frames
-    tasks.latent_frames(frames)
+    cli.latent_frames(frames)
     device = cli.pick_device(config.device)
     return cli.check(replace(
         config, size=f"{width}x{height}", frames=frames, cache=config.cache or str(Path(config.data) / ".cache"),

@@ -250,6 +250,25 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def read_text(path: Path | str) -> str:
+    """A text file that a user made: UTF-8, with or without the mark that some editors put first."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path} as UTF-8 ({error}), expected a text file in that encoding") from None
+
+
+def read_prompts(path: Path | str) -> list[str]:
+    """The lines of a text file, without blank ones. ValueError if it cannot be read, or has none."""
+    try:
+        prompts = [" ".join(line.split()) for line in read_text(path).splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error}), expected a text file with a prompt in each line") from None
+    if not prompts:
+        raise ValueError(f"{path} is empty, expected a prompt in each line")
+    return prompts
+
+
 def latent_frames(N: int) -> int:
     """How many latent frames F hold N pixel frames, N = 4(F-1) + 1."""
     below = max(1, N - (N - 1) % 4)

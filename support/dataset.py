@@ -8,12 +8,11 @@ import csv
 import hashlib
 import io
 import json
-import math
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support import cache, cli, distributed, media
+from support import cache, cli, media
 
 Context = Callable[[list[str]], Tensor]  # B prompts → (B, text_len, text_dim)
 
@@ -83,7 +82,7 @@ def find_clips(folder: Path | str) -> list[Clip]:
     for name, caption in _listed(folder):
         path = next((path for path in (folder / name, folder / "train" / name) if path.is_file()), folder / name)
         if not caption and (beside := path.with_suffix(".txt")).is_file():
-            caption = read_text(beside)
+            caption = cli.read_text(beside)
         clips.append(Clip(path, " ".join(caption.split())))
     if not clips:
         raise ValueError(f"{folder} holds no clips: expected such as a.mp4 with its caption in a.txt or metadata.csv")
@@ -93,10 +92,10 @@ def find_clips(folder: Path | str) -> list[Clip]:
 def _listed(folder: Path) -> list[tuple[str, str]]:
     """(file name, caption or "") of each clip in a folder."""
     if (path := folder / "metadata.jsonl").is_file():
-        lines = enumerate(read_text(path).splitlines(), 1)
+        lines = enumerate(cli.read_text(path).splitlines(), 1)
         return [_row(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if (path := folder / "metadata.csv").is_file():
-        reader = csv.DictReader(io.StringIO(read_text(path)))
+        reader = csv.DictReader(io.StringIO(cli.read_text(path)))
         try:
             return [_row(row, f"{path}, line {reader.line_num}") for row in reader]
         except csv.Error as error:
@@ -105,7 +104,7 @@ def _listed(folder: Path) -> list[tuple[str, str]]:
         prompts = next((path for path in (folder / "prompts.txt", folder / "prompt.txt") if path.is_file()), None)
         if prompts is None:
             raise ValueError(f"{folder} has videos.txt and no prompts.txt, expected a caption in it for each line")
-        names, captions = (read_text(text).strip().splitlines() for text in (path, prompts))
+        names, captions = (cli.read_text(text).strip().splitlines() for text in (path, prompts))
         if len(names) != len(captions):
             raise ValueError(f"{path} has {len(names)} lines and {prompts.name} {len(captions)}, expected as many")
         return [(name.strip(), caption) for name, caption in zip(names, captions, strict=True) if name.strip()]
@@ -127,49 +126,6 @@ def _row(row: dict | str, where: str) -> tuple[str, str]:
         expected = "expected file_name, video_path, video or path, and the caption as text, caption or prompt"
         raise ValueError(f"{where} names no clip: got {got}, {expected}") from error
     return str(name), str(next((row[key] for key in ("text", "caption", "prompt") if row.get(key)), ""))
-
-
-def read_text(path: Path | str) -> str:
-    """A text file that a user made: UTF-8, with or without the mark that some editors put first."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {path} as UTF-8 ({error}), expected a text file in that encoding") from None
-
-
-def read_prompts(path: Path | str) -> list[str]:
-    """The lines of a text file, without blank ones. ValueError if it cannot be read, or has none."""
-    try:
-        prompts = [" ".join(line.split()) for line in read_text(path).splitlines() if line.strip()]
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error}), expected a text file with a prompt in each line") from None
-    if not prompts:
-        raise ValueError(f"{path} is empty, expected a prompt in each line")
-    return prompts
-
-
-def missing_clips(folder: Path | str, captions: Sequence[str]) -> list[int]:
-    """The numbers of the captions whose clip is not in a folder that `write_clip` fills.
-
-    A clip without caption was cut off, and counts as missing. ValueError if one has another caption.
-    """
-    missing = []
-    for number, caption in enumerate(captions):
-        clip = Path(folder) / f"{number:05d}.mp4"
-        beside = clip.with_suffix(".txt")
-        if not (clip.is_file() and beside.is_file()):
-            missing.append(number)
-        elif " ".join(beside.read_text(encoding="utf-8").split()) != caption:
-            raise ValueError(f"{beside} has the caption of another clip; choose another --out")
-    return missing
-
-
-def write_clip(folder: Path | str, number: int, video: Tensor, fps: float, caption: str) -> None:
-    """Write a clip such as `00000.mp4`, and when it is whole, its caption beside it."""
-    clip = Path(folder) / f"{number:05d}.mp4"
-    media.write_video(clip, video, fps)
-    with cli.replacing(clip.with_suffix(".txt")) as beside:
-        beside.write_text(caption + "\n", encoding="utf-8")
 
 
 def look_through(folder: Path | str, cut: Cut, strict: bool) -> tuple[list[Source], list[Skipped]]:
@@ -224,7 +180,7 @@ def survey(clips: Sequence[Clip], cut: Cut) -> tuple[list[Source], list[Skipped]
             if length < cut.frames:
                 raise ValueError(f"too short: {length} frames at {cut.fps:g} fps, expected {cut.frames}; "
                                  f"--frames {length - (length - 1) % 4} takes it")  # fmt: skip
-            size = bucket(width, height, cut.size) if cut.buckets else cut.size
+            size = media.bucket(width, height, cut.size) if cut.buckets else cut.size
             sources.append(Source(clip, size, *divmod(length, cut.frames)))
         except ValueError as error:
             skipped.append(_skipped(clip.path, error))
@@ -235,32 +191,15 @@ def _skipped(path: Path, error: ValueError) -> Skipped:
     return Skipped(path, str(error).removeprefix(f"{path} "))
 
 
-def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The size (W, H) for a clip of width x height: about the area of `size`, about the clip's shape, multiples of 16.
-
-    Shapes go in steps of 4/3 from that of `size`: from 16:9 they are 4:3, 1:1, 3:4 and 9:16, or nearly so.
-    """
-    W, H = size
-    steps = round(math.log((width / height) / (W / H)) / math.log(4 / 3))
-    stretch = (4 / 3) ** (steps / 2)
-    return 16 * max(1, round(W * stretch / 16)), 16 * max(1, round(H / stretch / 16))
-
-
-def prepare(
-    folder: Path | str, cut: Cut, strict: bool, encode: Callable[[Tensor], Tensor], encoder_name: str,
-    cache_folder: Path | str, context_of: Callable[[list[str]], Context], seed: int,
+def assembled(
+    sources: Sequence[Source], encoded: Sequence[cache.StoredTensors | None], skipped: Sequence[Skipped],
+    context_of: Callable[[list[str]], Context], seed: int,
 ) -> Dataset:  # fmt: skip
-    """Encode all clips, or find what an earlier run encoded, and set some apart for validation, as by `held_out`.
+    """Training data of clips and what `latents` made of each; some are set apart for validation, as by `held_out`.
 
-    encode, encoder_name: as in `latents`, whose folder is `cache_folder`; context_of(captions) makes the `context`.
+    context_of(captions) makes the `context`.
     """
-    sources, skipped = look_through(folder, cut, strict)
-    load = partial(latents, cut=cut, encode=encode, encoder_name=encoder_name, folder=cache_folder)
-    encoded, damaged = distributed.each_its_share(load, sources)
     usable = [(source, windows.places) for source, windows in zip(sources, encoded, strict=True) if windows]
-    if damaged:
-        skipped += damaged
-        tell_skipped(skipped, len(usable), folder, strict)
     clip_of = [k for k, (_, places) in enumerate(usable) for _ in places]  # of each window, the number of its clip
     captions = [source.clip.caption for source, _ in usable]
     keys = [places[0][0].stem for _, places in usable]  # a file's name stands for its latents

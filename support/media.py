@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cache
 from importlib.util import find_spec
 from itertools import chain, groupby, islice, pairwise, repeat
-from math import floor
+from math import floor, log
 from pathlib import Path
 from typing import NamedTuple
 
@@ -441,3 +441,38 @@ def _strip(video: Tensor, mark: Sequence[bool] | None, height: int, columns: int
         number = str(numbers[index] if numbers else index)
         draw.text((left + 3 + width // 2, height + 9), number, fill=colour, font=font, anchor="ma")
     return strip
+
+
+def bucket(width: int, height: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The size (W, H) for a clip of width x height: about the area of `size`, about the clip's shape, multiples of 16.
+
+    Shapes go in steps of 4/3 from that of `size`: from 16:9 they are 4:3, 1:1, 3:4 and 9:16, or nearly so.
+    """
+    W, H = size
+    steps = round(log((width / height) / (W / H)) / log(4 / 3))
+    stretch = (4 / 3) ** (steps / 2)
+    return 16 * max(1, round(W * stretch / 16)), 16 * max(1, round(H / stretch / 16))
+
+
+def missing_clips(folder: Path | str, captions: Sequence[str]) -> list[int]:
+    """The numbers of the captions whose clip is not in a folder that `write_clip` fills.
+
+    A clip without caption was cut off, and counts as missing. ValueError if one has another caption.
+    """
+    missing = []
+    for number, caption in enumerate(captions):
+        clip = Path(folder) / f"{number:05d}.mp4"
+        beside = clip.with_suffix(".txt")
+        if not (clip.is_file() and beside.is_file()):
+            missing.append(number)
+        elif " ".join(beside.read_text(encoding="utf-8").split()) != caption:
+            raise ValueError(f"{beside} has the caption of another clip; choose another --out")
+    return missing
+
+
+def write_clip(folder: Path | str, number: int, video: Tensor, fps: float, caption: str) -> None:
+    """Write a clip such as `00000.mp4`, and when it is whole, its caption beside it."""
+    clip = Path(folder) / f"{number:05d}.mp4"
+    write_video(clip, video, fps)
+    with cli.replacing(clip.with_suffix(".txt")) as beside:
+        beside.write_text(caption + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from support import cli, dataset, media, plots
+from support import cli, media, plots
 
 Config = TypeVar("Config")  # a dataclass of settings
 EXAMPLES, EXAMPLE_CLIPS = Path("clips"), ("00009.mp4", "00015.mp4")  # what a task takes that is given nothing
@@ -107,12 +107,12 @@ def swept(config: Config) -> dict[tuple[str, ...], dict[str, object]]:
 def caption(clip: str) -> str:
     """The caption beside a clip, "" if there is none."""
     path = Path(media.stretch_of(clip)[0]).with_suffix(".txt")
-    return " ".join(dataset.read_text(path).split()) if path.exists() else ""
+    return " ".join(cli.read_text(path).split()) if path.exists() else ""
 
 
 def from_file(text: str | None) -> str | None:
     """The text itself, or what stands in the file of `@FILE`."""
-    return " ".join(dataset.read_prompts(text[1:])) if text and text.startswith("@") else text
+    return " ".join(cli.read_prompts(text[1:])) if text and text.startswith("@") else text
 
 
 def with_inputs(config: Config, needed: NamedTuple, size: tuple[int, int], as_long_as_the_clip: bool) -> Config:
@@ -150,7 +150,7 @@ def size_like(images: Iterable[str], videos: Iterable[str], size: tuple[int, int
     """
     shapes = {name: media.read_image(name).shape for name in images}
     shapes |= {name: media.read_video(name, first=1).shape for name in videos}
-    sizes = {name: dataset.bucket(shape[-1], shape[-2], size) for name, shape in shapes.items()}
+    sizes = {name: media.bucket(shape[-1], shape[-2], size) for name, shape in shapes.items()}
     for first, chosen in list(sizes.items())[:1]:
         for other in (name for name in sizes if sizes[name] != chosen):
             width, height = chosen
@@ -175,7 +175,7 @@ def _prompts(config: Config) -> list[str]:
     if config.task != "t2v" or config.prompt is not None or config.overwrite or config.plot or config.mark:
         raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot, --mark or --overwrite, "
                          "expected none of them; to make clips anew, choose another --out")  # fmt: skip
-    return dataset.read_prompts(config.prompts)
+    return cli.read_prompts(config.prompts)
 
 
 def retaken(config: Config) -> tuple[int, tuple[int, int]]:
@@ -408,7 +408,7 @@ class ClipFolder:
             expected = "expected a folder for the clips, such as data/mine"
             raise ValueError(f"got {config.out} as --out of --prompts, {expected}")
         self._check()
-        self.missing = dataset.missing_clips(self.folder, self.prompts)
+        self.missing = media.missing_clips(self.folder, self.prompts)
 
     def _check(self) -> None:
         record, folder = self.folder / "settings.json", self.folder
@@ -428,7 +428,7 @@ class ClipFolder:
         try:
             for n, video in zip(self.missing, videos, strict=True):
                 write(self.folder / "settings.json", self.config)  # only now: a run that fails earlier leaves nothing
-                dataset.write_clip(self.folder, n, video, self.config.fps, self.prompts[n])
+                media.write_clip(self.folder, n, video, self.config.fps, self.prompts[n])
                 done += 1
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped at {done} of {total} clips; the same command goes on") from None

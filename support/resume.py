@@ -8,7 +8,6 @@ A step of `train.py` follows from the seed and its own number, so these are all 
 whole or not at all. The first of several processes writes, and a state does not depend on how many they were.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -41,19 +40,6 @@ def full_models(models: nn.Module, outline: nn.Module) -> nn.Module:
         weights = state_dict.get_model_state_dict(models, options=_TRAINED)
         outline.load_state_dict(weights, strict=False, assign=True)
     return outline if distributed.size() > 1 else models
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A name for a model's weights and config, so that the results of another model are never taken for this one's.
-
-    Only every n-th value of a large tensor is hashed: all would take a minute, and training changes them all anyway.
-    """
-    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 65536)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_media import moving
 
-from support import dataset, media
+from support import cli, dataset, media
 
 # Captions
 
@@ -107,13 +107,13 @@ def test_captions_line_by_line(tmp_path):
 def test_prompts_are_the_lines_that_are_not_blank(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa red  circle\n\n   \n a blue square\t\r\na red circle", encoding="utf-8")
-    assert dataset.read_prompts(path) == ["a red circle", "a blue square", "a red circle"]
+    assert cli.read_prompts(path) == ["a red circle", "a blue square", "a red circle"]
     for content in ("", " \n\n"):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"prompts.txt is empty, expected a prompt in each line"):
-            dataset.read_prompts(path)
+            cli.read_prompts(path)
     with pytest.raises(ValueError, match="cannot read .*none.txt"):
-        dataset.read_prompts(tmp_path / "none.txt")
+        cli.read_prompts(tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize(
@@ -125,22 +125,22 @@ def test_text_in_another_encoding_is_told_with_its_file(names, tmp_path):
     for name in names:
         (tmp_path / name).write_bytes("a.mp4\n".encode("utf-16"))
     with pytest.raises(ValueError, match=f"cannot read .*{names[0]} as UTF-8 .*expected a text file in that encoding"):
-        dataset.read_prompts(tmp_path / "prompts.txt") if names == ["prompts.txt"] else dataset.find_clips(tmp_path)
+        cli.read_prompts(tmp_path / "prompts.txt") if names == ["prompts.txt"] else dataset.find_clips(tmp_path)
 
 
 def test_a_clip_without_its_caption_is_missing(tmp_path):
     captions = ["a", "b", "c"]
-    assert dataset.missing_clips(tmp_path / "new", captions) == [0, 1, 2]
+    assert media.missing_clips(tmp_path / "new", captions) == [0, 1, 2]
     for number in (0, 2):
-        dataset.write_clip(tmp_path, number, moving(5), 16, captions[number])
-    assert dataset.missing_clips(tmp_path, captions) == [1]
+        media.write_clip(tmp_path, number, moving(5), 16, captions[number])
+    assert media.missing_clips(tmp_path, captions) == [1]
     assert found(tmp_path) == {"00000.mp4": "a", "00002.mp4": "c"}
     (tmp_path / "00000.txt").unlink()
     (tmp_path / "00002.mp4").unlink()
-    assert dataset.missing_clips(tmp_path, captions) == [0, 1, 2]
-    dataset.write_clip(tmp_path, 1, moving(5), 16, "another")
+    assert media.missing_clips(tmp_path, captions) == [0, 1, 2]
+    media.write_clip(tmp_path, 1, moving(5), 16, "another")
     with pytest.raises(ValueError, match="00001.txt has the caption of another clip"):
-        dataset.missing_clips(tmp_path, captions)
+        media.missing_clips(tmp_path, captions)
 
 
 # What can be trained on
@@ -193,13 +193,13 @@ def test_clips_are_set_apart_where_eight_can_be_spared(clips, apart):
 
 @pytest.mark.parametrize("size", [(832, 480), (64, 64), (1280, 720)])
 def test_buckets_keep_area_and_shape(size):
-    assert dataset.bucket(*size, size) == size and dataset.bucket(2 * size[0], 2 * size[1], size) == size
-    shapes = {dataset.bucket(w, h, size) for w in range(100, 2000, 90) for h in range(100, 2000, 90)}
+    assert media.bucket(*size, size) == size and media.bucket(2 * size[0], 2 * size[1], size) == size
+    shapes = {media.bucket(w, h, size) for w in range(100, 2000, 90) for h in range(100, 2000, 90)}
     assert len(shapes) < 25 and all(W % 16 == H % 16 == 0 for W, H in shapes)
     if size == (64, 64):
         return
     for w, h in ((1920, 1080), (1080, 1920), (640, 480), (500, 500), (1000, 2000)):
-        W, H = dataset.bucket(w, h, size)
+        W, H = media.bucket(w, h, size)
         assert abs(W * H / (size[0] * size[1]) - 1) < 0.06
         assert abs(np.log((W / H) / (w / h))) < np.log(4 / 3) / 2 + 0.05
 

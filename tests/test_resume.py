@@ -144,11 +144,11 @@ def test_a_signal_is_only_noted_and_the_second_is_not(tmp_path, capfd):
 def test_fingerprint_tells_weights_apart(model):
     opened = checkpoint.open(model, Wan)
     vae = opened.vae()
-    before = resume.fingerprint(vae)
-    assert resume.fingerprint(opened.vae()) == before
+    before = checkpoint.fingerprint(vae)
+    assert checkpoint.fingerprint(opened.vae()) == before
     with torch.no_grad():
         vae.decoder.conv1.bias[3] += 1e-6
-    assert resume.fingerprint(vae) != before
+    assert checkpoint.fingerprint(vae) != before
 
 
 # Whose folder it is.

@@ -1090,8 +1090,7 @@ def test_clips_that_were_stopped_are_gone_on_with(experts, writer, each, two, ca
     assert each(*flags, out="whole").status == 0
     with monkeypatch.context() as patch:
         written = []
-        owner = media if writer == "write_video" else dataset
-        original = getattr(owner, writer)
+        original = getattr(media, writer)
 
         def write(*arguments):
             original(*arguments)
@@ -1099,7 +1098,7 @@ def test_clips_that_were_stopped_are_gone_on_with(experts, writer, each, two, ca
             if len(written) == 2:
                 raise KeyboardInterrupt
 
-        patch.setattr(owner, writer, write)
+        patch.setattr(media, writer, write)
         stopped = each(*flags)
     assert stopped.status == 130 and "stopped at 1 of 3 clips; the same command goes on" in stopped.err
     folder = tmp_path / "out" / "clips"

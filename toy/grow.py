@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lora
 from model import Wan, WanConfig
-from support import cli, resume
+from support import cli
 from support.dataset import Context, Dataset, held_out
 from toy import world
 from train import Prepare, TrainConfig, context_of, train
@@ -101,7 +101,7 @@ def rendered_clips(
 ) -> Dataset:
     """Training data without files of clips: scenes are rendered and encoded, once; latents are kept in `folder`."""
     scenes, vae = list(world.scenes(count, seed=1, pairs=PAIRS)), opened.vae(device=config.device)
-    digest = f"{resume.fingerprint(vae)[:12]}-{count}"
+    digest = f"{checkpoint.fingerprint(vae)[:12]}-{count}"
     stored = folder / f"latents-{digest}.safetensors"
     if not stored.exists():
         batches, parts = [scenes[i : i + 16] for i in range(0, count, 16)], []

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from support import cli, dataset
+from support import cli, media
 
 SIDE, FRAMES, FPS = 64, 33, 16  # SIDE: width and height in pixels
 SHAPES = ("circle", "square", "triangle")
@@ -194,10 +194,10 @@ def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
 def write(folder: Path | str, count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> None:
     """Write `count` clips as mp4 with a caption beside each; clips that are there already stay."""
     wanted = list(scenes(count, seed, unseen, pairs))
-    missing = dataset.missing_clips(folder, [scene.caption for scene in wanted])
+    missing = media.missing_clips(folder, [scene.caption for scene in wanted])
     progress = cli.Progress(count, "clips", count - len(missing))
     for index in missing:
-        dataset.write_clip(folder, index, render(wanted[index]), FPS, wanted[index].caption)
+        media.write_clip(folder, index, render(wanted[index]), FPS, wanted[index].caption)
         progress.step()
 
 

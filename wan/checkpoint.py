@@ -580,3 +580,16 @@ def save_pipeline(
         both = {"transformer_2": _INDEX["transformer"], "boundary_ratio": boundary}
         write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": shift})
         write_json(folder / "model_index.json", _INDEX | (both if "transformer_2" in parts else {}))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A name for a model's weights and config, so that the results of another model are never taken for this one's.
+
+    Only every n-th value of a large tensor is hashed: all would take a minute, and training changes them all anyway.
+    """
+    digest = hashlib.sha256(repr(getattr(model, "config", None)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 65536)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
