@@ -134,10 +134,10 @@ class Page:
 
     def _connect(self) -> None:
         quiet = {"show_progress": "hidden", "concurrency_limit": None}
-        typed = quiet | {"trigger_mode": "always_last"}
+        typed = quiet | {"trigger_mode": "always_last"}  # what comes while another is answered is not lost
         shown, preset = [self.board, self.note], [self.task, self.stagger, self.free, self.board, self.note]
         for chosen in (self.task, self.clip, self.clip_2):
-            chosen.input(self.on_task, self.inputs, preset, **quiet)
+            chosen.input(self.on_task, self.inputs, preset, **typed)
         self.between.change(self.on_between, self.inputs, preset, **typed)
         self.board.input(self.on_board, self.inputs, preset, **typed)
         for changed in (self.steps, self.shift, self.free):
@@ -153,7 +153,7 @@ class Page:
         for word in self.words:
             word.input(lambda things, *words: gr.skip() if things else world.Scene(words[5], (thing(words),)).caption,
                        [self.things, *self.words], self.prompt, **quiet)  # fmt: skip
-        self.canvas.select(self.on_draw, drawing_board, drawn, **quiet)
+        self.canvas.select(self.on_draw, drawing_board, drawn, **typed)
         self.clear.click(self.on_clear, drawing_board, drawn, **quiet)
         results = [self.status, self.strip, *self.videos, self.line, self.json, self.last]
         self.go.click(self.on_run, self.inputs, results, **quiet)
@@ -213,7 +213,8 @@ class Page:
         return choices.task, stagger, choices.painted is not None, board, note
 
     def on_task(self, values: Values) -> tuple:
-        return self._preset(lambda: self._as_usual(self._choices(values)))
+        # Not the task: by now another may be chosen.
+        return gr.skip(), *self._preset(lambda: self._as_usual(self._choices(values)))[1:]
 
     def on_between(self, values: Values) -> tuple:
         return self.on_task(values) if values[self.task] == "retake" else (gr.skip(),) * 5
