@@ -10,11 +10,9 @@ Measured with the embedded LoRA: the error where the conditions determine the fu
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
-from paper.lab import Lab, Row
+from paper.lab import Lab, Row, page
 from sample import passes_a_step
-from support import cli
+from support import plots
 
 TASKS = ("i2v", "start-end", "extend", "complete")
 # (w_c, w_h): one pass; then two, by the prompt, by the history, by both together; then three.
@@ -35,20 +33,18 @@ def best(lab: Lab, task: str, count: int) -> tuple[float, float]:
 
 
 def draw(lab: Lab, path: Path) -> None:
-    figure, axes = plt.subplots(1, len(TASKS), figsize=(10, 3.6), sharey=False, layout="constrained")
-    for axis, task in zip(axes, TASKS, strict=True):
-        names = [f"{task} {a} {b}" for a, b in WEIGHTS]
-        colours = [("tab:gray", "tab:blue", "tab:orange")[passes_a_step(*w) - 1] for w in WEIGHTS]
-        axis.barh(range(len(names)), [lab.middle(n) for n in names], xerr=[lab.spread(n) for n in names], color=colours)
-        axis.set_yticks(range(len(names)), [f"{a:g}, {b:g}" for a, b in WEIGHTS])
-        axis.invert_yaxis()
-        axis.set_title(task)
-        axis.set_xlabel("error, px")
-    axes[0].set_ylabel("guidance by prompt, by history")
-    figure.suptitle("Error by guidance: one pass a step (grey), two (blue), three (orange)")
-    with cli.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    """The error of each task by the two weights, coloured by the passes that they cost."""
+    title = "Error by guidance: one pass a step (grey), two (blue), three (orange)"
+    with page(path, title, [1] * len(TASKS)) as panels:
+        for axes, task in zip(panels, TASKS, strict=True):
+            names = [f"{task} {a} {b}" for a, b in WEIGHTS]
+            errors, spreads = [lab.middle(name) for name in names], [lab.spread(name) for name in names]
+            colours = [(plots.GREY, *plots.COLOURS)[passes_a_step(*weights) - 1] for weights in WEIGHTS]
+            axes.barh(range(len(names)), errors, xerr=spreads, color=colours)
+            axes.set_yticks(range(len(names)), [f"{a:g}, {b:g}" for a, b in WEIGHTS] if axes is panels[0] else [])
+            axes.invert_yaxis()
+            axes.set(title=task, xlabel="error, px")
+        panels[0].set_ylabel("by the prompt, by history")
 
 
 def rows(lab: Lab) -> list[Row]:

@@ -6,12 +6,12 @@ and sizes, how far they are from where they must be, and how far the background 
 """
 
 import math
+import textwrap
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import count, islice
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Generator, Tensor
 
@@ -19,8 +19,7 @@ import flow
 import sample
 import tasks
 from model import Wan
-from paper.lab import Lab, Row
-from support import cli
+from paper.lab import Lab, Row, page
 from toy import world
 from toy.judge import centroid_errors
 
@@ -148,18 +147,15 @@ def background_error(scenes: list[world.Scene], videos: Tensor) -> Tensor:
 
 
 def draw(lab: Lab, path: Path) -> None:
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(13, 3.2), layout="constrained")
-    for axis, (kind, name) in zip(axes, KINDS.items(), strict=True):
-        for method in METHODS:
-            names = [f"{method}: {kind} at {second} s" for second in SECONDS]
-            middles, spreads = ([told(n, False) for n in names] for told in (lab.middle, lab.spread))
-            axis.errorbar(SECONDS, middles, spreads, label=method)
-        axis.set_title(name)
-        axis.set_xlabel("second")
-    axes[0].legend()
-    with cli.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    """Every figure over the seconds of a stream, a line for each way to make it."""
+    with page(path, "What a stream keeps, second by second", [1] * len(KINDS)) as panels:
+        for axes, (kind, name) in zip(panels, KINDS.items(), strict=True):
+            for method in METHODS:
+                names = [f"{method}: {kind} at {second} s" for second in SECONDS]
+                middles, spreads = ([told(n, False) for n in names] for told in (lab.middle, lab.spread))
+                axes.errorbar(SECONDS, middles, spreads, label=method)
+            axes.set(title=textwrap.fill(name, 14), xlabel="second", ylim=(0, None))
+        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def rows(lab: Lab) -> list[Row]:
