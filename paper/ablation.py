@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 import tasks
+from paper.efficiency import PUSA
 from paper.lab import BUDGETS, STEPS, Lab, Row
 from support import cli, plots
 from toy import world
@@ -66,7 +67,18 @@ def curves(lab: Lab) -> dict[str, Curve]:
 def measure(lab: Lab) -> None:
     for curve in curves(lab).values():
         for run in curve.values():
-            lab.figure(run.name, partial(evaluate, lab, run))
+            lab.figure(run.name, partial(evaluate, lab, run), same(run))
+
+
+def same(run: Run) -> str:
+    """The figure of another claim that is the run's, if one is; see `Lab.figure`."""
+    if run not in (Run(run.task, run.lora), Run(lora="base", strength=0.0)):
+        return ""
+    if run.task == "t2v":
+        return "preservation: as prompted, 1" if run.lora == "seed-0" else ""
+    steps = run.lora.removeprefix("steps-")
+    usual = f"zero_shot: {run.task}, {run.lora}: error"
+    return usual if steps == run.lora else f"efficiency: {PUSA}, {steps} steps"
 
 
 def evaluate(lab: Lab, run: Run, seed: int) -> Tensor:

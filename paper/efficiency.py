@@ -34,20 +34,22 @@ LATENTS = 16, 9, world.SIDE // 8, world.SIDE // 8
 def measure(lab: Lab) -> None:
     """66 evaluations: image-to-video at every budget and without training, text-to-video of four networks."""
 
-    def error(name: str, make: Callable[[], nn.Module], taus: Tensor | None = None) -> None:
+    def error(name: str, make: Callable[[], nn.Module], taus: Tensor | None = None, same: str = "") -> None:
         network = cache(make)  # only if something is left to measure
-        lab.figure(name, lambda seed: lab.error(network(), "i2v", seed, taus=taus))
+        lab.figure(name, lambda seed: lab.error(network(), "i2v", seed, taus=taus), same)
 
     flat = i2v.one_level(lab)
-    error(CLAMPED, lab.judge.transformer)
+    error(CLAMPED, lab.judge.transformer, same="zero_shot: i2v, base: error")
     error(REPLACED, lambda: i2v.Replacement(lab.judge.transformer()), flat)
     for steps in reversed(lab.few(BUDGETS)):
-        error(f"{PUSA}, {steps} steps", partial(_pusa, lab, steps))
+        same = "zero_shot: i2v, seed-0: error" if steps == STEPS else ""
+        error(f"{PUSA}, {steps} steps", partial(_pusa, lab, steps), same=same)
     for steps in reversed(lab.few(i2v.BUDGETS)):
         error(f"{FINETUNE}, {steps} steps", partial(i2v.finetuned, lab, steps), flat)
     ways = lab.judge.transformer, lab.pusa, partial(_pusa, lab, BUDGETS[-1]), partial(i2v.finetuned, lab)
-    for name, make in zip(T2V, ways, strict=True):
-        lab.figure(f"T2V: {name}", partial(text_to_video, lab, cache(make)))
+    known = "preservation: as prompted, 0", "preservation: as prompted, 1", "", ""
+    for name, make, same in zip(T2V, ways, known, strict=True):
+        lab.figure(f"T2V: {name}", partial(text_to_video, lab, cache(make)), same)
 
 
 def text_to_video(lab: Lab, network: Callable[[], nn.Module], seed: int) -> Tensor:

@@ -157,13 +157,24 @@ class Lab:
         readings = world.measure(self.judge.videos(network, task, seed, **settings))
         return centroid_errors(self.judge.scenes, readings, DETERMINED[task]).mean(1)
 
-    def figure(self, name: str, values: Callable[[int], Tensor]) -> None:
-        """Measure values(seed) → (scenes,) for every seed, unless they have been measured, and write them."""
+    def figure(self, name: str, values: Callable[[int], Tensor], same: str = "") -> None:
+        """Measure values(seed) → (scenes,) for every seed, unless they have been measured, and write them.
+
+        same: "CLAIM: NAME", the figure of another claim that is the same, which is copied if it is there.
+        """
+        copied = self._of_another(*same.split(": ", 1)) if same else []
         for seed in self.seeds[len(self.figures.get(name, ())) :]:
-            measured = [float(f"{value:.4g}") for value in values(seed).tolist()]
+            known = seed < len(copied)
+            measured = copied[seed] if known else [float(f"{value:.4g}") for value in values(seed).tolist()]
             self.figures.setdefault(name, []).append(measured)
             self.write()
             print(f"{self.claim}: {name}, seed {seed}: {statistics.median(measured):.4g}", flush=True)
+
+    def _of_another(self, claim: str, name: str) -> list[list[float]]:
+        """The figure of another claim, as far as it has been measured on these scenes."""
+        path = self.path.with_name(f"{claim}.json")
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return record["figures"].get(name, []) if record.get("scenes") == self.scenes else []
 
     def write(self) -> None:
         """Write what has been measured, a figure a line."""

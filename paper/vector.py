@@ -54,7 +54,8 @@ def measure(lab: Lab) -> None:
     for task in lab.few(TASKS):
         for network in NETWORKS:
             for told in (RIGHT, MEAN, *(PARTS if (task, network) in DISSECTED else ())):
-                lab.figure(f"{task}, {network}: {told}", partial(_error, lab, task, network, told))
+                same = f"zero_shot: {task}, {network}: error" if told == RIGHT else ""
+                lab.figure(f"{task}, {network}: {told}", partial(_error, lab, task, network, told), same)
     for network in NETWORKS:
         for pattern in PATTERNS:
             for t in lab.few(LEVELS):

@@ -35,7 +35,9 @@ def measure(lab: Lab) -> None:
         for task, figures in lab.few(tuple(JUDGED.items())):
             judged = cache(partial(_judged, lab, network, task))  # a clip is made once and gives every figure
             for figure in figures:
-                lab.figure(f"{task}, {network}: {figure}", lambda seed, j=judged, f=figure: j(seed)[f])
+                strength = 0 if network == BASE else 1
+                same = f"preservation: as prompted, {strength}" if task == "t2v" else ""
+                lab.figure(f"{task}, {network}: {figure}", lambda seed, j=judged, f=figure: j(seed)[f], same)
 
 
 def _judged(lab: Lab, network: str, task: str, seed: int) -> dict[str, Tensor]:

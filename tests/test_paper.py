@@ -30,6 +30,26 @@ def config(tmp_path) -> lab.Config:
     return lab.Config(quick=True, commit="c0ffee", **folders)
 
 
+def test_a_figure_that_another_claim_has_measured_is_copied_and_not_measured_again(config):
+    config = dataclasses.replace(config, quick=False, scenes=4)
+    one, two = lab.Lab(config, "zero_shot"), lab.Lab(config, "ablation")
+    for bench, seeds in ((one, (0, 1)), (two, (0, 1, 2))):
+        bench.seeds = seeds
+    one.figure("i2v, seed-0: error", lambda seed: torch.full((4,), float(seed)))
+    asked = []
+
+    def measured(seed: int) -> torch.Tensor:
+        asked.append(seed)
+        return torch.full((4,), 9.0)
+
+    two.figure(ablation.Run().name, measured, ablation.same(ablation.Run()))
+    assert asked == [2] and two.figures[ablation.Run().name] == [[0.0] * 4, [1.0] * 4, [9.0] * 4]
+    two.figure("rank", measured, ablation.same(ablation.Run(strength=1.4)))
+    assert asked == [2, 0, 1, 2], "no other figure is the same"
+    other = lab.Lab(dataclasses.replace(config, scenes=8), "vector")
+    assert other._of_another("zero_shot", "i2v, seed-0: error") == [], "of other scenes"
+
+
 def flags(config: lab.Config) -> list[str]:
     return [f"--{name}={getattr(config, name)}" for name in ("work", "results", "docs", "readme", "commit")]
 

@@ -136,7 +136,7 @@ def test_the_ratio_is_taken_at_the_lowest_error_that_both_reach():
 class _Measured(lab.Lab):
     """Takes down which figures a claim asks for, each with values around a number of its own."""
 
-    def figure(self, name, values):
+    def figure(self, name, values, same=""):
         level = 10 + len(self.figures)
         self.figures[name] = [[level - 0.1 * seed] * 3 for seed in self.seeds]
 

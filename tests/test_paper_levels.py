@@ -24,7 +24,7 @@ class Sheet(Lab):
         super().__init__(Config(quick=quick, results=str(tmp_path), device="cpu"), "told")
         self.give = told
 
-    def figure(self, name, values):
+    def figure(self, name, values, same=""):
         self.figures[name] = [[self.give(name) + seed / 100 for _ in range(3)] for seed in self.seeds]
 
 
