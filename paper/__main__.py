@@ -82,14 +82,15 @@ def report(config: lab.Config) -> None:
     for name, bench in benches.items():
         page += ["", f"## {name}", "", claim(name).__doc__.strip(), ""]
         page += [f"![{name}]({name}.png)", ""] if picture(config, name).exists() else []
-        page += [f"- {what}: {here}. Holds: {holds}." for what, _, here, holds in told[name] if holds] or ["Not run."]
+        found = [f"- {what}: {here}. Holds: {holds}." for what, _, here, holds in told[name] if holds]
+        page += found or [f"{told[name][0][2].capitalize()}."]
         if bench.figures:
             seeds, commits = max(map(len, bench.figures.values())), [commit[:12] for commit in bench.commits]
             page += ["", f"{bench.scenes} scenes, {seeds} seeds; measured at {', '.join(commits)}."]
     with cli.replacing(Path(config.docs) / "reproduction.md") as path:
         path.write_text("\n".join(page) + "\n", encoding="utf-8")
-    measured = [name for name in CLAIMS if benches[name].figures]
-    left = [f"Not run yet: {', '.join(f'`{name}`' for name in CLAIMS if name not in measured)}."]
+    measured = [name for name in CLAIMS if told[name][0][-1]]  # to the end: only then there is a verdict
+    left = [f"Not run yet, or not to the end: {', '.join(f'`{name}`' for name in CLAIMS if name not in measured)}."]
     short = table(HEAD, [told[name][0] for name in measured]) if measured else []
     fill(Path(config.readme), [*short, *([""] * bool(short)), *(left if len(measured) < len(CLAIMS) else [])])
 

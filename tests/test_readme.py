@@ -343,11 +343,11 @@ def test_the_table_of_claims_is_that_of_the_report():
         if line.startswith("| ") and not line.startswith("| ---"):
             told, command, _ = line.rsplit("|", 2)
             first.setdefault(command.split()[-1].strip("`"), f"{told}|")
-    head, waiting = first.pop("command"), [name for name, row in first.items() if row.endswith("|  | not run |  |")]
+    head, waiting = first.pop("command"), [name for name, row in first.items() if "|  | not run" in row]
     told = [row for name, row in first.items() if name not in waiting]
     told = [head, "| --- | --- | --- | --- |", *told] if told else []
     if waiting:
-        told += [""] * bool(told) + [f"Not run yet: {', '.join(f'`{name}`' for name in waiting)}."]
+        told += [""] * bool(told) + [f"Not run yet, or not to the end: {', '.join(f'`{name}`' for name in waiting)}."]
     assert block == told, "`python -m paper` writes both"
 
 
