@@ -1100,7 +1100,9 @@ def test_an_i2v_repository_is_refused_before_its_weights_arrive(copied, hub):
     assert not any(name.endswith(".safetensors") for name in hub.asked)
 
 
-def test_what_is_neither_on_disk_nor_a_repository(small):
+def test_what_is_neither_on_disk_nor_a_repository(small, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # beside the clone there may be an x
     for wrong in ("nowhere", "/no/such/folder", "a/b/c", "../x", "models/wan.safetensors", "models/wan.gguf"):
         with pytest.raises(ValueError, match="expected a folder, a .safetensors file or a Hugging Face repository"):
             opened(wrong)
