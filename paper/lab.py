@@ -162,8 +162,9 @@ class Lab:
 
         same: "CLAIM: NAME", the figure of another claim that is the same, which is copied if it is there.
         """
-        copied = self._of_another(*same.split(": ", 1)) if same else []
-        for seed in self.seeds[len(self.figures.get(name, ())) :]:
+        missing = self.seeds[len(self.figures.get(name, ())) :]
+        copied = self._of_another(*same.split(": ", 1)) if same and missing else []
+        for seed in missing:
             known = seed < len(copied)
             measured = copied[seed] if known else [float(f"{value:.4g}") for value in values(seed).tolist()]
             self.figures.setdefault(name, []).append(measured)
@@ -171,10 +172,13 @@ class Lab:
             print(f"{self.claim}: {name}, seed {seed}: {statistics.median(measured):.4g}", flush=True)
 
     def _of_another(self, claim: str, name: str) -> list[list[float]]:
-        """The figure of another claim, as far as it has been measured on these scenes."""
+        """The figure of another claim, as far as it has been measured on these scenes; its commits become ours, too."""
         path = self.path.with_name(f"{claim}.json")
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return record["figures"].get(name, []) if record.get("scenes") == self.scenes else []
+        if record.get("scenes") != self.scenes or name not in record["figures"]:
+            return []
+        self.commits = list(dict.fromkeys([*self.commits, *record["commits"]]))
+        return record["figures"][name]
 
     def write(self) -> None:
         """Write what has been measured, a figure a line."""
