@@ -183,9 +183,10 @@ class Lab:
     def write(self) -> None:
         """Write what has been measured, a figure a line."""
         preset, self.commits = self.opened.preset, list(dict.fromkeys([*self.commits, self.commit]))
+        dtype = str(cli.pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")  # what "auto" came to
         facts = {
             "claim": self.claim, "scenes": self.scenes, "seeds": self.seeds, "commits": self.commits,
-            "torch": torch.__version__, "device": self.device, "dtype": self.config.dtype, "model": self.config.model,
+            "torch": torch.__version__, "device": self.device, "dtype": dtype, "model": self.config.model,
             "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
         }  # fmt: skip
         lines = [f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items()]

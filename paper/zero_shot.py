@@ -34,9 +34,8 @@ def measure(lab: Lab) -> None:
     for network in (BASE, PUSA):
         for task, figures in lab.few(tuple(JUDGED.items())):
             judged = cache(partial(_judged, lab, network, task))  # a clip is made once and gives every figure
+            same = f"preservation: as prompted, {int(network != BASE)}" if task == "t2v" else ""
             for figure in figures:
-                strength = 0 if network == BASE else 1
-                same = f"preservation: as prompted, {strength}" if task == "t2v" else ""
                 lab.figure(f"{task}, {network}: {figure}", lambda seed, j=judged, f=figure: j(seed)[f], same)
 
 
