@@ -5,7 +5,7 @@ paper/results/NAME.json; a run that is stopped goes on. Pictures, `docs/reproduc
 made from those files alone. A claim that fails does not stop the others.
 
     python -m paper ablation vector            two claims
-    python -m paper train --only rank-2        one training; several processes may share the folders
+    python -m paper train --only rank-4        one training; several processes may share the folders
     python -m paper vector --measure           numbers alone, no pictures and no report
 """
 
@@ -31,8 +31,8 @@ PAGE = """# The paper, claim by claim
 
 `python -m paper` writes this page from `paper/results/`; `python -m paper.vbench`, for the published weights, is apart.
 A figure is the median over the scenes, or the mean where it is a share, averaged over the seeds, ± its standard
-deviation over them. A claim holds if its two figures differ by more than both deviations together, unless it names
-another margin.
+deviation over them. What is compared has the same scenes and noise: a claim holds if the gap is more than twice the
+gap's own deviation over the seeds, unless it names another margin.
 """
 Line = list[str]  # a row of a table, as long as its head
 
@@ -85,8 +85,9 @@ def report(config: lab.Config) -> None:
         found = [f"- {what}: {here}. Holds: {holds}." for what, _, here, holds in told[name] if holds]
         page += found or [f"{told[name][0][2].capitalize()}."]
         if bench.figures:
-            seeds, commits = max(map(len, bench.figures.values())), [commit[:12] for commit in bench.commits]
-            page += ["", f"{bench.scenes} scenes, {seeds} seeds; measured at {', '.join(commits)}."]
+            seeds, commits = max(map(len, bench.figures.values())), ", ".join(commit[:12] for commit in bench.commits)
+            made = "all scenes" if bench.parts == 1 else f"one in {bench.parts}"
+            page += ["", f"{bench.scenes} scenes, {seeds} seeds: {made} by each seed; measured at {commits}."]
     with cli.replacing(Path(config.docs) / "reproduction.md") as path:
         path.write_text("\n".join(page) + "\n", encoding="utf-8")
     measured = [name for name in CLAIMS if told[name][0][-1]]  # to the end: only then there is a verdict

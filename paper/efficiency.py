@@ -32,7 +32,7 @@ LATENTS = 16, 9, world.SIDE // 8, world.SIDE // 8
 
 
 def measure(lab: Lab) -> None:
-    """66 evaluations: image-to-video at every budget and without training, text-to-video of four networks."""
+    """Image-to-video at every budget and without training, text-to-video of four networks: 22 times all scenes."""
 
     def error(name: str, make: Callable[[], nn.Module], taus: Tensor | None = None, same: str = "") -> None:
         network = cache(make)  # only if something is left to measure

@@ -24,7 +24,7 @@ FIGURES = {"kept": "last frame, dB", "flash": "brightness at the end, 0 to 255",
 
 
 def measure(lab: Lab) -> None:
-    pusa = cache(lambda: lab.judge.transformer(Path(lab.config.model) / "lora.safetensors"))
+    pusa = cache(lab.embedded)
     for task in TASKS:
         for end in ENDS:
             judged = cache(partial(_judged, lab, pusa, task, end))

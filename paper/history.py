@@ -20,12 +20,11 @@ WEIGHTS = ((1, 1), (3, 1), (1, 2), (1, 3), (1, 5), (2, 2), (3, 3), (2, 3), (3, 2
 
 
 def measure(lab: Lab) -> None:
-    pusa, preset = lab.network("seed-0"), lab.judge.preset
+    pusa = lab.embedded()
     for prompt, history in WEIGHTS:
         for task in TASKS:
             measured = partial(lab.error, pusa, task, guidance=float(prompt), history_guidance=float(history))
-            usual = (prompt, history) == (preset.guidance, preset.history_guidance)
-            lab.figure(f"{task} {prompt} {history}", measured, f"zero_shot: {task}, seed-0: error" if usual else "")
+            lab.figure(f"{task} {prompt} {history}", measured)
 
 
 def best(lab: Lab, task: str, count: int) -> tuple[float, float]:

@@ -29,8 +29,8 @@ from paper.lab import BATCH, Lab, alone
 from support import cli
 from toy import world
 
-BUDGETS = (40, 80, 160, 320, 640, 1280, 2560, 4000)  # optimizer steps of its trainings, from 1/100 of all to all
-RATES, TRIAL = (3e-4, 1e-3, 3e-3), 640  # learning rates, and the steps after which the best of them is chosen
+BUDGETS = (16, 32, 64, 128, 256, 512, 1024, 1600)  # optimizer steps of its trainings, from 1/100 of all to all
+RATES, TRIAL = (3e-4, 1e-3, 3e-3), 128  # learning rates, and the steps after which the best of them is chosen
 CHANNELS = 36  # 16 noisy, 4 of the mask, 16 given
 
 

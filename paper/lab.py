@@ -28,14 +28,16 @@ from toy.judge import DETERMINED, Judge, centroid_errors, unseen_scenes
 from wan import checkpoint
 
 T = TypeVar("T")
+# Claims of which every seed makes all scenes. Of the others, which compare many settings, it makes every third scene.
+WHOLE = "zero_shot", "preservation"
 STEPS, BATCH, RANK = 800, 32, 32  # of a LoRA, unless its name below says otherwise
-BUDGETS = (25, 50, 100, 200, 400, 800, 1600, 3200)  # optimizer steps
+BUDGETS = (12, 25, 50, 100, 200, 400, 800, 1600)  # optimizer steps
 # Every LoRA that a claim asks for, by its name, and how its training differs from `train.py`'s defaults.
 TRAININGS = {
     **{f"steps-{n}": {"steps": n} for n in BUDGETS if n != STEPS},
-    **{f"seed-{n}": {"seed": n} for n in (0, 1, 2)},  # seed-0, the model's own, is meant where nothing else is said
-    **{f"rank-{n}": {"rank": n} for n in (2, 8, 128)},
-    **{f"async-{n}": {"p_async": n / 100} for n in (0, 25, 50, 75)},
+    **{f"seed-{n}": {"seed": n} for n in (0, 1, 2)},  # seed-0 is meant where nothing else is said
+    **{f"rank-{n}": {"rank": n} for n in (4, 128)},
+    **{f"async-{n}": {"p_async": n / 100} for n in (0, 50)},
     "two-levels": {"two_levels": True},
 }
 
@@ -53,7 +55,7 @@ class Config:
     results: str = cli.option("paper/results", "folder for what is measured")
     docs: str = cli.option("docs", "folder for the pictures and the report")
     readme: str = cli.option("README.md", "file that gets the report's short form, where it has a place for it")
-    only: str | None = cli.option(None, "with `train`: the names of the trainings, as in rank-2,rank-8")
+    only: str | None = cli.option(None, "with `train`: the names of the trainings, as in rank-4,rank-128")
     commit: str | None = cli.option(None, "name of this state of the code, for the results (default: git's)")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
@@ -75,19 +77,27 @@ class Lab:
         self.config, self.claim, self.device = config, claim, cli.pick_device(config.device)
         self.opened = checkpoint.open(config.model, Wan)
         self.scenes, self.seeds = (4, (0,)) if config.quick else (config.scenes, (0, 1, 2))
+        self.seed, self.parts = 0, 1 if claim in WHOLE else len(self.seeds)  # of the figure that is being measured
         self.path = Path(config.results) / f"{claim}.json"
         self.network = lru_cache(maxsize=4)(self._network)  # figures ask for the same ones again
+        self.judge_of, self.latents_of = lru_cache(self._judge_of), lru_cache(maxsize=3)(self._latents_of)
         record = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        if record.get("scenes") != self.scenes:
+        if (record.get("scenes"), record.get("parts")) != (self.scenes, self.parts):
             record = {}
         self.commits: list[str] = record.get("commits", [])  # those whose code has measured, in their order
         self.figures: dict[str, list[list[float]]] = record.get("figures", {})  # by seed, the value of every scene
 
-    @cached_property
+    @property
     def judge(self) -> Judge:
-        """Scenes that neither training nor any choice of settings has seen, three in four with one shape."""
-        config = self.config
-        return Judge(self.opened, unseen_scenes(self.scenes, seed=100), self.device, config.dtype)
+        """Scenes that neither training nor any choice of settings has seen, three in four with one shape.
+
+        While a figure is measured they are those of its seed.
+        """
+        return self.judge_of(self.seed % self.parts)
+
+    def _judge_of(self, part: int) -> Judge:
+        scenes = unseen_scenes(self.scenes, seed=100)
+        return Judge(self.opened, scenes, self.device, self.config.dtype, slice(part, None, self.parts))
 
     def few(self, values: Sequence[T]) -> Sequence[T]:
         """The values, of which a quick pass takes only the first and the last."""
@@ -96,10 +106,10 @@ class Lab:
     def lora(self, name: str) -> Path:
         """The file of a LoRA of `TRAININGS`, which is trained now if it has not been.
 
-        seed-0 is the model's own, trained in the same way; a quick pass trains the others for so few steps that they
-        only show that it works.
+        A quick pass takes the model's own for seed-0, as it needs one that is good, and trains the others for so few
+        steps that they only show that it works.
         """
-        if name == "seed-0":
+        if name == "seed-0" and self.config.quick:
             return Path(self.config.model) / "lora.safetensors"
         out = Path(self.config.work) / name
         with alone(out):
@@ -126,15 +136,23 @@ class Lab:
         """The embedded base with a LoRA of `TRAININGS` merged."""
         return self.judge.transformer(self.lora(name), strength)
 
+    def embedded(self) -> Wan:
+        """The embedded model with its own LoRA, at the strength that is its default."""
+        return self.judge.transformer(Path(self.config.model) / "lora.safetensors")
+
     def _network(self, name: str, strength: float = 1.0) -> Wan:
         """The embedded base, which is named "base", or the base with a LoRA of `TRAININGS`; not to be changed."""
         return self.judge.transformer() if name == "base" else self.pusa(name, strength)
 
-    @cached_property
-    @torch.no_grad()
+    @property
     def latents(self) -> Tensor:
-        """The latents of the true clips, (scenes, 16, F, H, W)."""
-        return torch.cat([self.judge.vae.encode(clips).float() for clips in self.judge.truth.split(self.judge.batch)])
+        """The latents of the judge's true clips, (scenes, 16, F, H, W)."""
+        return self.latents_of(self.seed % self.parts)
+
+    @torch.no_grad()
+    def _latents_of(self, part: int) -> Tensor:
+        judge = self.judge_of(part)
+        return torch.cat([judge.vae.encode(clips).float() for clips in judge.truth.split(judge.batch)])
 
     @torch.no_grad()
     def velocity(self, network: nn.Module, tau: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +183,7 @@ class Lab:
         missing = self.seeds[len(self.figures.get(name, ())) :]
         copied = self._of_another(*same.split(": ", 1)) if same and missing else []
         for seed in missing:
-            known = seed < len(copied)
+            self.seed, known = seed, seed < len(copied)
             measured = copied[seed] if known else [float(f"{value:.4g}") for value in values(seed).tolist()]
             self.figures.setdefault(name, []).append(measured)
             self.write()
@@ -175,17 +193,19 @@ class Lab:
         """The figure of another claim, as far as it has been measured on these scenes; its commits become ours, too."""
         path = self.path.with_name(f"{claim}.json")
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if record.get("scenes") != self.scenes or name not in record["figures"]:
+        if record.get("scenes") != self.scenes or record["parts"] > self.parts or name not in record["figures"]:
             return []
         self.commits = list(dict.fromkeys([*self.commits, *record["commits"]]))
-        return record["figures"][name]
+        ours = self.parts // record["parts"]
+        return [values[seed % ours :: ours] for seed, values in enumerate(record["figures"][name])]
 
     def write(self) -> None:
         """Write what has been measured, a figure a line."""
         preset, self.commits = self.opened.preset, list(dict.fromkeys([*self.commits, self.commit]))
         dtype = str(cli.pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")  # what "auto" came to
         facts = {
-            "claim": self.claim, "scenes": self.scenes, "seeds": self.seeds, "commits": self.commits,
+            "claim": self.claim, "scenes": self.scenes, "seeds": self.seeds, "parts": self.parts,
+            "commits": self.commits,
             "torch": torch.__version__, "device": self.device, "dtype": dtype, "model": self.config.model,
             "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
         }  # fmt: skip
@@ -216,9 +236,10 @@ class Lab:
         return statistics.pstdev(self.each(name, median))
 
     def below(self, a: str, b: str, median: bool = True) -> bool | None:
-        """Whether figure `a` is below figure `b`; None if they are no farther apart than their spreads together."""
-        gap = self.middle(b, median) - self.middle(a, median)
-        return gap > 0 if abs(gap) > self.spread(a, median) + self.spread(b, median) else None
+        """Whether figure `a` is below `b`, by more than twice the deviation of their gaps over the seeds; else None."""
+        gaps = [high - low for low, high in zip(self.each(a, median), self.each(b, median), strict=True)]
+        gap = statistics.fmean(gaps)
+        return gap > 0 if abs(gap) > 2 * statistics.pstdev(gaps) else None
 
     def told(self, name: str, unit: str = "px", median: bool = True) -> str:
         return f"{self.middle(name, median):.2f} ± {self.spread(name, median):.2f} {unit}"

@@ -40,7 +40,7 @@ FINETUNE, CHANGED = "relative change of each layer, I2V finetune", "relative cha
 
 def measure(lab: Lab) -> None:
     layers = targets(lab.judge.transformer())
-    lab.figure(CHANGED, lambda seed: lora_changes(layers, lab.lora(f"seed-{seed}"), lab.judge.preset.strength))
+    lab.figure(CHANGED, lambda seed: lora_changes(layers, lab.lora(f"seed-{seed}"), 1.0))
     finetune = Path(lab.config.work) / "i2v" / f"{i2v.BUDGETS[-1]}.safetensors"
     if finetune.exists():
         lab.figure(FINETUNE, lambda seed: changes(layers, load_file(finetune, str(lab.device))))

@@ -38,7 +38,7 @@ NAMES = (BASE, FINETUNE, PUSA, TRUE)
 
 
 def measure(lab: Lab) -> None:
-    """9 sampling runs: all dimensions come from the same clips."""
+    """Three evaluations of all scenes, as all dimensions come from the same clips."""
     networks = {BASE: lab.judge.transformer, FINETUNE: partial(i2v.finetuned, lab), PUSA: lab.pusa}
 
     @cache

@@ -35,8 +35,7 @@ F = (SECONDS[-1] * world.FPS + 3) // 4 + 1
 
 
 def measure(lab: Lab) -> None:
-    network = lab.judge.transformer(Path(lab.config.model) / "lora.safetensors")
-
+    network = lab.embedded()
     for method in METHODS:
         judged = cache(partial(drift, lab, network, method))
         for second in SECONDS:

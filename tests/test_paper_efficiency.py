@@ -127,9 +127,9 @@ class _Lab:
 def test_the_ratio_is_taken_at_the_lowest_error_that_both_reach():
     falling = [8, 7, 6, 5, 4, 3, 2, 1]
     each, goal, bound = efficiency.ratios(_Lab(falling, [9, 9, 9, 9, 9, 9, 9, 3]))
-    assert (each, goal, bound) == ([4000 / 800] * 2, 3, False), "Pusa is at 3 px after 800 steps"
+    assert (each, goal, bound) == ([1600 / 400] * 2, 3, False), "Pusa is at 3 px after 400 steps"
     each, goal, bound = efficiency.ratios(_Lab([9, 9, 9, 9, 9, 9, 9, 4], falling))
-    assert (each, goal, bound) == ([640 / 3200] * 2, 4, False), "here the finetune needs a fifth"
+    assert (each, goal, bound) == ([256 / 1600] * 2, 4, False), "here the finetune needs less"
     assert efficiency.ratios(_Lab([2] * 8, falling[:-1] + [3]))[2], "it may have been there before its first budget"
 
 
@@ -146,7 +146,7 @@ def test_a_claim_tells_and_draws_what_it_measures(claim, model, tmp_path, monkey
     """Nothing is sampled, trained or loaded to find out which figures there are."""
     monkeypatch.setattr(efficiency, "LATENTS", (16, 3, 4, 4))
     bench = _Measured(lab.Config(model=str(model), results=str(tmp_path), work=str(tmp_path)), "claim")
-    bench.judge = SimpleNamespace(preset=bench.opened.preset, transformer=print, truth=None)
+    bench.judge_of = lambda part: SimpleNamespace(preset=bench.opened.preset, transformer=print, truth=None)
     claim.measure(bench)
     asked = []
     monkeypatch.setattr(
