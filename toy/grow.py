@@ -46,9 +46,10 @@ class TinyConfig:
     clips: int = cli.option(6000, "training clips")
     vae_steps: int = cli.option(3600, "steps of the VAE")
     base_steps: int = cli.option(13000, "steps of the text-to-video base")
-    lora_steps: int = cli.option(800, "steps of the Pusa LoRA")
+    lora_steps: int = cli.option(3500, "steps of the Pusa LoRA")
     compile: bool = cli.option(False, "compile the networks: faster, needs a C++ compiler")
     device: str | None = cli.option(None, "device of base and LoRA (default: a GPU if there is one)")
+    dtype: str = cli.option("auto", "type to train base and LoRA in", choices=("auto", "float32", "bfloat16"))
 
 
 def grow(config: TinyConfig) -> None:
@@ -70,7 +71,7 @@ def grow(config: TinyConfig) -> None:
     pretraining = TrainConfig(
         data=str(work), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
         shift=2.0, steps=config.base_steps, batch=32, lr=4e-3, muon=True, compile=config.compile,
-        device=config.device,
+        device=config.device, dtype=config.dtype,
     )  # fmt: skip
     train_or_resume(pretraining, data, base / "model_index.json")  # which is written last
     if not pusa.exists():  # so what is in `out` may come from an earlier growth
@@ -80,8 +81,8 @@ def grow(config: TinyConfig) -> None:
         checkpoint.save_preset(out, PRESET)
         checkpoint.save_pipeline(out, parts, PRESET.shift, dtypes)
     finetuning = TrainConfig(
-        data=str(work), model=str(out), out=str(work / "lora"), steps=config.lora_steps, batch=32, lr=1e-3,
-        compile=config.compile, device=config.device,
+        data=str(work), model=str(out), out=str(work / "lora"), two_levels=True, steps=config.lora_steps, batch=32,
+        lr=1e-3, compile=config.compile, device=config.device, dtype=config.dtype,
     )  # fmt: skip
     train_or_resume(finetuning, data, pusa)
     pairs = lora.load(pusa).pairs.items()

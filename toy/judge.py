@@ -185,25 +185,26 @@ def figures(judge: Judge, network: nn.Module, seed: int, **settings: float) -> I
             yield f"{task.replace('i2v', 'I2V')}: median centroid error {where}", "px", errors
 
 
-def evaluate(judge: Judge, change: Path, seeds: Sequence[int], history: float) -> str:
-    """A Markdown table: the model without its LoRA, with it, and with history guidance too, over some seeds."""
-    base, pusa, two = judge.transformer(), judge.transformer(change), [len(s.things) > 1 for s in judge.scenes]
+def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
+    """A Markdown table: the model without its LoRA, with it, and with history guidance too; a judge for each seed."""
+    base, pusa = judges[0].transformer(), judges[0].transformer(change)
     columns = ((base, {}), (pusa, {}), (pusa, {"history_guidance": history}))
-    progress, rows = cli.Progress(len(columns) * len(seeds), "evaluating"), {}
+    progress, rows = cli.Progress(len(columns) * len(judges), "evaluating"), {}
     for network, settings in columns:
         cells: dict[str, list] = {}
-        for seed in seeds:
+        for seed, judge in enumerate(judges):
+            two = torch.tensor([len(scene.things) > 1 for scene in judge.scenes])
             for what, unit, values in figures(judge, network, seed, **{"history_guidance": 1.0, **settings}):
                 middle = torch.median if unit == "px" else torch.mean
-                halves = [values[torch.tensor(two) == pair].float() for pair in (False, True)]
-                cells.setdefault(f"{what} | {unit}", []).append([middle(half).item() for half in halves])
+                halves = [middle(values[two == pair].float()).item() for pair in (False, True)]
+                cells.setdefault(f"{what} | {unit}", []).append(halves)
             progress.step()
         for what, each in cells.items():
             spread = torch.tensor(each, dtype=torch.float64)
             mean, std = spread.mean(0).tolist(), spread.std(0, correction=0).tolist()
             told = " / ".join(f"{a:.1f} ± {b:.1f}" for a, b in zip(mean, std, strict=True))
             rows.setdefault(what, []).append(told)
-    batches = judge.truth.split(judge.batch)
+    batches = (clips for judge in judges for clips in judge.truth.split(judge.batch))
     kept = torch.cat([psnr(judge.vae.decode(judge.vae.encode(clips)), clips) for clips in batches]).mean()
     head = ["what | unit", "LoRA off", "with the LoRA", f"and history guidance {history:g}"]
     lines = [head, ["---"] * 5, ["VAE: reconstruction (PSNR) | dB", f"{kept:.1f}", "the same", "the same"]]
@@ -213,25 +214,31 @@ def evaluate(judge: Judge, change: Path, seeds: Sequence[int], history: float) -
 @dataclass(frozen=True)
 class JudgeConfig:
     model: str = cli.option("checkpoints/tiny", "folder of the model, whose README.md gets the table")
-    samples: int = cli.option(256, "scenes a row", (4, 10**6, "at least 4: one in four has two shapes"))
-    seeds: int = cli.option(3, "how often each is made, from noise of another seed", (1, 1000, "at least 1"))
+    samples: int = cli.option(256, "scenes a row", (4, 10**6, "at least 4"))
+    seeds: int = cli.option(3, "seeds of noise, which share out the scenes", (1, 1000, "at least 1"))
     history: float = cli.option(3.0, "history guidance in the last column", (0, 1e9, "0 or more; 1 is off"))
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
+    dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
 
 
 def main() -> None:
     config = cli.parse(JudgeConfig, __doc__)
-    opened = checkpoint.open(config.model, Wan)
-    judge, folder = Judge(opened, unseen_scenes(config.samples), cli.pick_device(config.device)), Path(config.model)
-    table, preset = evaluate(judge, folder / "lora.safetensors", range(config.seeds), config.history), judge.preset
+    opened, folder = checkpoint.open(config.model, Wan), Path(config.model)
+    got = f"--samples {config.samples} for {config.seeds} seeds"
+    cli.expect(config.samples >= 4 * config.seeds, got, "at least 4 a seed: one in four has two shapes")
+    scenes, device = unseen_scenes(config.samples), cli.pick_device(config.device)
+    parts = [slice(seed, None, config.seeds) for seed in range(config.seeds)]
+    judges = [Judge(opened, scenes, device, config.dtype, part) for part in parts]
+    table, preset = evaluate(judges, folder / "lora.safetensors", config.history), opened.preset
     readme = f"""# The embedded model
 
 A complete text-to-video model of Wan's architecture for 64x64 clips of 33 frames, grown from nothing by
 `python -m toy.grow`, in the `-Diffusers` layout, with the Pusa LoRA that was trained on it (`lora.safetensors`).
 
 Judged by `python -m toy.judge` on {config.samples} scenes a row whose captions training never saw, one in four with
-two shapes, from {config.seeds} seeds of noise: mean ± standard deviation over the seeds, for scenes with one shape /
-with two. {preset.steps} steps, shift {preset.shift:g}, guidance {preset.guidance:g}, LoRA strength {preset.strength:g}:
+two shapes. Each of {config.seeds} seeds of noise makes its share of them: mean ± standard deviation over the seeds,
+for scenes with one shape / with two. {preset.steps} steps, shift {preset.shift:g}, guidance {preset.guidance:g}, LoRA
+strength {preset.strength:g}:
 
 {table}
 """
