@@ -16,7 +16,7 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
-# Trainings that are killed, shared out over processes, or start from nothing; what memory decoding takes.
+# Trainings that are killed, shared out over processes, or start from nothing; experiments; what memory decoding takes.
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 

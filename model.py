@@ -1,7 +1,7 @@
 """Wan: the text-to-video diffusion transformer of Wan2.1, with a noise level for every latent frame.
 
-Latents are cut into patches; each block lets all tokens of the video attend to each other, then to the prompt, and
-then passes each through a feed-forward layer. The first, the last and the head know the τ of each frame (`vta.py`).
+Latents are cut into patches. Each block has self-attention over all tokens of the video, cross-attention to the prompt,
+and a feed-forward layer. Self-attention, feed-forward and the head are modulated by the τ of each frame (`vta.py`).
 The network predicts the velocity from data to noise, `x1 - x0`. Parameter names are those of the published checkpoints.
 
     velocity = Wan(config)(x, tau, context)

@@ -46,7 +46,7 @@ class SampleConfig:
     model: str = cli.option("checkpoints/tiny", "folder or Hugging Face repository of a Wan text-to-video model")
     lora: tuple[str, ...] | None = cli.option(
         None, "LoRAs, each PATH or PATH:STRENGTH; high=PATH or low=PATH is for one expert (default: the model folder's "
-        "own, with --prompts none)", nargs="+", action="extend",
+        "own; none with --prompts)", nargs="+", action="extend",
     )  # fmt: skip
     no_lora: bool = cli.option(False, "run the base model alone")
     prompt: str | None = cli.option(None, "what the video shows (default: the caption beside the clip)")
@@ -58,7 +58,7 @@ class SampleConfig:
     between: str | None = cli.option(None, "retake: the stretch to make again, in seconds of the clip, as in 3,6")
     noise: str | None = cli.option(None, "noise multiplier of the conditions in [0, 1], one or one each, as in 0,0.2")
     strength: float = cli.option(0.7, "restyle, retake: how much of the schedule the clip goes through, in [0, 1]")
-    end_latent: str = cli.option("group", "encode an image further on as 4 still ones or alone", choices=_END_LATENTS)
+    end_latent: str = cli.option("group", "encode an image further on with 4 still ones or alone", choices=_END_LATENTS)
     only_new: bool = cli.option(False, "extend, prepend, retake: write what was made without the whole clip around it")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's)")
     seconds: float | None = cli.option(None, "length in seconds, instead of --frames", _ABOVE_0)
@@ -138,7 +138,7 @@ class Job:
     F: int  # latent frames of the finished video
     carried: int  # latents that a window takes over from the one before
     backwards: bool  # windows go towards the past
-    given: list[bool]  # of each of its pixel frames
+    given: list[bool]  # for each of its pixel frames, whether it was given
     around: records.Around | None  # the clip to show it in
 
 
@@ -420,10 +420,10 @@ def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> d
 
 def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
     """The memory and time that a run would take, in words. ValueError for a LoRA that does not fit."""
-    walks = [leg for taus in job.taus for leg in legs(config, taus)]
-    history = config.history_guidance if job.plans[0].given else 1
-    passes = sum((len(part) - 1) * passes_a_step(guidance, history) for _, guidance, part in walks)
-    passes *= records.clips_asked(config)
+    passes = records.clips_asked(config) * sum(
+        (len(part) - 1) * passes_a_step(guidance, config.history_guidance if plan.given else 1)
+        for plan, taus in zip(job.plans, job.taus, strict=True) for _, guidance, part in legs(config, taus)
+    )  # fmt: skip
     parts = opened.outline()
     for _, path, _ in map(lora.parse_entry, config.lora):
         lora.load(path).check(parts[0])

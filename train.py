@@ -369,7 +369,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
     expect(config.dry_run or gpus == 1, f"--gpus {gpus} without --dry-run", "torchrun to say how many")
     parts = f"--accumulate {config.accumulate}{many or f' on {gpus} GPUs' * (gpus > 1)} for --batch {config.batch}"
     expect(config.accumulate * processes * gpus <= config.batch, parts, "a window for each part")
-    expect(not (many and (config.muon or config.compile)), f"--muon or --compile{many}", "a single one; leave it out")
+    expect(not (many and (config.muon or config.compile)), f"--muon or --compile{many}", "one process, or neither flag")
     expect(full or not config.from_scratch, "--from-scratch without --full", "both, as a LoRA needs trained weights")
     expect(full or not config.muon, "--muon without --full", "both, as Muon is for whole matrices, not a LoRA's pairs")
     choice = "high or low, as it has two experts" if opened.two_experts else "none, as it has one transformer"

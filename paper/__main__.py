@@ -30,9 +30,9 @@ HEAD = ["claim", "the paper", "here", "holds"]
 PAGE = """# The paper, claim by claim
 
 `python -m paper` writes this page from `paper/results/`; `python -m paper.vbench`, for the published weights, is apart.
-A figure is the median over the scenes, or the mean where it is a share, averaged over the seeds, ± its standard
-deviation over them. What is compared has the same scenes and noise: a claim holds if the gap is more than twice the
-gap's own deviation over the seeds, unless it names another margin.
+A figure is the median over the scenes (the mean for shares of clips, scores, diversity and streams), averaged over the
+seeds, ± its standard deviation over them. What is compared has the same scenes and noise. When a claim holds is in its
+file, under `rows`; most ask for a gap of more than twice the gap's own deviation over the seeds.
 """
 Line = list[str]  # a row of a table, as long as its head
 
@@ -125,9 +125,12 @@ def fill(readme: Path, short: list[str]) -> None:
 
 
 def apart(config: lab.Config) -> lab.Config:
-    """The config of a quick pass: a temporary folder takes the place of every one that was not asked for."""
-    usual = lab.Config()
-    moved = [name for name in ("work", "results", "docs", "readme") if getattr(config, name) == getattr(usual, name)]
+    """The config of a pass whose figures are not to be kept: temporary folders take the place of the usual ones.
+
+    What is trained for a quick pass is not to be kept either.
+    """
+    usual, names = lab.Config(), ("results", "docs", "readme", *(("work",) if config.quick else ()))
+    moved = [name for name in names if getattr(config, name) == getattr(usual, name)]
     folder = Path(tempfile.mkdtemp(prefix="nanopusa-paper-")) if moved else Path()
     return dataclasses.replace(config, **{name: str(folder / name) for name in moved})
 
@@ -147,9 +150,12 @@ def main() -> None:
     training = list(config.names) == ["train"]
     for name in config.names if not training else ():
         cli.expect(name in CLAIMS, f"claim {name!r}", f"`train` alone, or some of {', '.join(CLAIMS)}")
-    config = apart(config) if config.quick else config
+    cli.expect(training or not config.only, f"--only {config.only} without train", "`python -m paper train --only ...`")
+    config = apart(config) if config.quick or config.scenes != lab.Config.scenes else config
     if training:
         return train(config)
+    for name in CLAIMS:
+        lab.Lab(config, name)  # what is wrong with model, device or results is said once, and at once
     failed = run(config)
     print(config.results if config.measure else Path(config.docs) / "reproduction.md")
     if failed:

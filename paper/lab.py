@@ -1,6 +1,6 @@
 """What the claims share: scenes whose truth is exact, LoRAs that are trained once and kept, and what was measured.
 
-A claim is a file with `TITLE`, `measure(lab)`, `draw(lab, path)` and `rows(lab)`. It calls `lab.figure(name, values)`
+A claim is a file with `measure(lab)`, `draw(lab, path)` and `rows(lab)`. It calls `lab.figure(name, values)`
 for every number; what has been measured is in `paper/results/CLAIM.json` at once, so a run that is stopped goes on.
 The first of its rows says the most. Processes that measure different claims may share all folders.
 """
@@ -28,7 +28,7 @@ from toy.judge import DETERMINED, Judge, centroid_errors, unseen_scenes
 from wan import checkpoint
 
 T = TypeVar("T")
-# Claims of which every seed makes all scenes. Of the others, which compare many settings, it makes every third scene.
+# In these claims every seed makes all scenes. In the others, which compare many settings, each makes a third of them.
 WHOLE = "zero_shot", "preservation"
 STEPS, BATCH, RANK = 800, 32, 32  # of a LoRA, unless its name below says otherwise
 BUDGETS = (12, 25, 50, 100, 200, 400, 800, 1600)  # optimizer steps
@@ -47,7 +47,7 @@ class Config:
     names: tuple[str, ...] = cli.option(
         (), "claims, or `train` for the trainings alone (default: all)", nargs="*", positional=True
     )
-    quick: bool = cli.option(False, "a few scenes and steps, in a temporary folder: does it run, are the orders right")
+    quick: bool = cli.option(False, "a few scenes and steps, in a temporary folder, to see that all runs")
     scenes: int = cli.option(256, "scenes of each figure", (4, 10**6, "at least 4: one in four has two shapes"))
     measure: bool = cli.option(False, "write what is measured, and no pictures or report")
     model: str = cli.option("checkpoints/tiny", "the embedded model")
@@ -112,16 +112,14 @@ class Lab:
         if name == "seed-0" and self.config.quick:
             return Path(self.config.model) / "lora.safetensors"
         out = Path(self.config.work) / name
+        settings = {"steps": STEPS, "batch": BATCH, "rank": RANK} | TRAININGS[name]
+        settings |= {"steps": 2, "batch": 4} if self.config.quick else {}
+        training = train.TrainConfig(
+            data=self.config.work, model=self.config.model, out=str(out), device=self.device, dtype=self.config.dtype,
+            val_every=0, **settings,
+        )  # fmt: skip
         with alone(out):
-            if not (out / "lora.safetensors").exists():
-                settings = {"steps": STEPS, "batch": BATCH, "rank": RANK} | TRAININGS[name]
-                settings |= {"steps": 2, "batch": 4} if self.config.quick else {}
-                train.train(
-                    train.TrainConfig(
-                        data=self.config.work, model=self.config.model, out=str(out), device=self.device,
-                        dtype=self.config.dtype, resume=(out / "settings.json").exists(), val_every=0, **settings,
-                    ), self.training_data,
-                )  # fmt: skip
+            grow.train_or_resume(training, self.training_data, out / "lora.safetensors")
         return out / "lora.safetensors"
 
     def training_data(

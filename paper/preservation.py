@@ -19,7 +19,6 @@ from support import plots
 from toy import world
 from toy.judge import as_prompted
 
-TITLE = "Text-to-video before and after"
 STRENGTHS = (0.0, 0.5, 1.0, 1.4, 1.7, 2.5)
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
 EQUAL, CLEAN = "all at t", "first clean"

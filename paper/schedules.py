@@ -23,7 +23,6 @@ from paper.lab import Lab, Row, page
 from support import plots
 from toy.judge import Judge
 
-TITLE = "Frames that are denoised in any order"
 OWN, RANDOM = "together", ("random pace", "random levels")
 ORDERLY = ("late", "early", "backwards", "staircase", "staircase from the end")
 MEASURED = {  # task and network → tables

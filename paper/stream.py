@@ -87,7 +87,7 @@ def generate(
     plan, made = tasks.plan("stream", window, videos=1), None
     steps = math.ceil(preset.steps / (1 - plan.d.max().item()) - 1e-6)
     taus = tasks.tau_schedule(plan.m, steps, preset.shift, plan.d)
-    job = sample.Job([plan], [taus], F, GIVEN, False)
+    job = sample.Job([plan], [taus], F, GIVEN, False, [], None)
     while made is None or made.shape[2] < F:
         x1 = draw(window)
         x0 = sample.conditions(vae, plan, [known], x1) if made is None else sample.carried_over(vae, made, job, x1)

@@ -19,7 +19,6 @@ from paper.lab import Lab, Row, page
 from support import plots
 from toy.judge import Judge
 
-TITLE = "Each frame's own noise level, or one for all"
 NETWORKS = {"base": "base", "seed-0": "LoRA", "two-levels": "LoRA, two levels"}
 TASKS = ("i2v", "start-end", "extend", "complete")
 RIGHT, MEAN, PARTS = "its own", "mean for all", ("mean for conditions", "mean for the others")

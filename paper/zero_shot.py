@@ -19,7 +19,6 @@ from tasks import TASKS, pixel_frames
 from toy import world
 from toy.judge import DETERMINED, Judge, as_prompted, centroid_errors, psnr
 
-TITLE = "One LoRA, eight tasks, trained for none of them"
 BASE, PUSA = "base", "seed-0"
 JUDGED = {  # what is measured of each task
     **dict.fromkeys(("i2v", "start-end", "extend", "prepend", "complete", "keyframes"), ("error", "kept")),

@@ -36,7 +36,7 @@ def option(
     """A dataclass field that is also a flag: `shift: float = option(5.0, "shift of the sigma schedule")`.
 
     within: the least and the greatest value, and how a sentence calls them: `(1, 10**9, "at least 1")`.
-    With `positional=True` it is an argument without a flag, which has to be given unless `nargs="?"`.
+    With `positional=True` it is an argument without a flag, which has to be given unless `nargs` is "?" or "*".
     """
     return dataclasses.field(default=default, metadata={"help": help, "within": within, **argparse_settings})
 

@@ -220,7 +220,7 @@ def assembled(
 
 
 def held_out(clips: int) -> int:
-    """How many of so many clips are set apart for validation: one in ten, at most 16, and none if below eight."""
+    """How many of so many clips are set apart for validation: one in ten, at most 16; none of fewer than 80."""
     return min(16, clips // 10) if clips >= 80 else 0
 
 

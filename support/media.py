@@ -1,4 +1,4 @@
-"""Images and videos in, videos, images and contact sheets out.
+"""Reads images and videos; writes videos, images and contact sheets.
 
 In memory a video is a float32 tensor (3, N, H, W) in [-1, 1], where here, and only here, H and W count pixels.
 """

@@ -22,12 +22,13 @@ Config = TypeVar("Config")  # a dataclass of settings
 EXAMPLES, EXAMPLE_CLIPS = Path("clips"), ("00009.mp4", "00015.mp4")  # what a task takes that is given nothing
 # Stretches of the first in which its caption holds at the start of what is made; what `restyle` makes of it.
 EXAMPLE_STRETCHES = {"extend": "@0-12", "prepend": "@16-32"}
+_SHOWN_WHOLE = ("extend", "prepend", "retake")  # tasks whose video is the whole clip with what was made of it
 _RESTYLED = "a large yellow circle moving right slowly on a grey background"
 _NOT_REPEATED = ("out", "overwrite", "dry_run")
 # What a flag beside --from-json takes back: what excludes it, or what was settled by the setting that it replaces.
 _UNDOES = {
     "frames": ("seconds",), "seconds": ("frames",), "lora": ("no_lora",), "no_lora": ("lora",),
-    "task": ("noise", "at", "between"), "preset": ("steps", "shift", "guidance", "guidance_2"),
+    "task": ("noise", "at", "between", "only_new"), "preset": ("steps", "shift", "guidance", "guidance_2"),
     "guidance": ("guidance_2",),
 }  # fmt: skip
 # What may change when --prompts goes on: where and how clips are computed. The prompts are compared with the captions.
@@ -122,6 +123,9 @@ def with_inputs(config: Config, needed: NamedTuple, size: tuple[int, int], as_lo
     first, at the number of pixels of `size`. as_long_as_the_clip: whether a `retake` of a short clip has fewer frames.
     """
     image, video, at, between = config.image or (), config.video or (), config.at, config.between
+    cli.expect(between is None or config.task == "retake", f"--between for {config.task}", "--task retake")
+    shown_whole = not config.only_new or config.task in _SHOWN_WHOLE
+    cli.expect(shown_whole, f"--only-new for {config.task}", f"one of {', '.join(_SHOWN_WHOLE)}")
     folder = EXAMPLES if (EXAMPLES / EXAMPLE_CLIPS[0]).exists() else Path(__file__).parent.parent / EXAMPLES
     one, other = (str(folder / name) for name in EXAMPLE_CLIPS)
     source = video[0] if video else one if config.task in ("t2v", "stream") else None
@@ -264,7 +268,7 @@ def around(config: Config, plan: NamedTuple, F: int) -> Around | None:
 
     plan: of the task; what it takes clean comes back as it was. None for other tasks, and with --only-new.
     """
-    if config.only_new or config.task not in ("extend", "prepend", "retake"):
+    if config.only_new or config.task not in _SHOWN_WHOLE:
         return None
     (slot,), N, m, clip = plan.given, cli.pixel_frames(F), plan.m.tolist(), media.count(config.video[0], config.fps)
     if config.task == "retake":

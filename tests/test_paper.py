@@ -18,6 +18,7 @@ import train
 from model import SelfAttention, rope_tables
 from paper import __main__ as paper
 from paper import ablation, lab, mechanism
+from toy import grow
 from toy.judge import Judge
 
 HERE = Path("README.md").resolve().parent
@@ -129,7 +130,7 @@ def test_a_lora_is_trained_once(config, monkeypatch):
         (Path(settings.out) / "lora.safetensors").parent.mkdir(parents=True)
         (Path(settings.out) / "lora.safetensors").touch()
 
-    monkeypatch.setattr(train, "train", fake)
+    monkeypatch.setattr(grow, "train", fake)
     bench = lab.Lab(dataclasses.replace(config, quick=False), "x")
     assert bench.lora("rank-4") == bench.lora("rank-4") == Path(config.work) / "rank-4" / "lora.safetensors"
     bench.lora("async-50")
@@ -211,9 +212,19 @@ def test_a_quick_pass_writes_only_to_a_temporary_folder(claims, monkeypatch, tmp
     assert "old" in (tmp_path / "README.md").read_text()
 
 
+def test_a_pass_over_other_scenes_leaves_what_was_measured(claims, monkeypatch, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(HERE / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    assert call(paper, "good", "--commit", "x").status == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "check" not in str(path)}
+    assert call(paper, "good", "--commit", "y", "--scenes", 8).status == 0
+    assert len(before) > 2 and all(path.read_bytes() == content for path, content in before.items())
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["nothing"], ["'nothing'", "ablation"]), (["train", "ablation"], ["'train'", "alone"]),
-    (["train", "--only", "rank-7"], ["'rank-7'", "rank-4"]),
+    (["train", "--only", "rank-7"], ["'rank-7'", "rank-4"]), (["--only", "rank-4"], ["rank-4", "train"]),
+    (["--model", "nowhere"], ["nowhere", "folder"]), (["--device", "nothing"], ["nothing", "device"]),
 ])  # fmt: skip
 def test_mistakes_end_in_a_sentence(arguments, words):
     mistake(call(paper, *arguments), *words)

@@ -7,7 +7,7 @@ import torch
 from small import model_fixture  # noqa: F401
 
 import tasks
-from paper import preservation, schedules, vector, zero_shot
+from paper import preservation, schedules, stream, vector, zero_shot
 from paper.lab import Config, Lab
 from toy import world
 from toy.judge import Judge
@@ -213,3 +213,20 @@ def test_the_change_of_the_velocity_is_the_lora_s(tmp_path, model):
     assert z.shape == right.shape == (1, 16, 9, 8, 8)
     x1 = torch.randn(right.shape, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(right, x1 - lab.judge.vae.encode(lab.judge.truth))
+
+
+# Stream
+
+
+def test_a_stream_goes_on_from_true_frames_in_windows_and_on_a_ramp(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(stream, "SECONDS", (1, 3))
+    monkeypatch.setattr(stream, "F", 13)  # latent frames: more than a window
+    lab = _bench(tmp_path, model, "stream")
+    stream.measure(lab)
+    assert len(lab.figures) == len(stream.METHODS) * 2 * len(stream.KINDS)
+    assert torch.tensor([*lab.figures.values()]).isfinite().all()
+    lab.seed, given = 0, lab.latents[:, :, : stream.GIVEN]
+    led = lab.judge.context, lab.judge.negative, 3.0
+    for how in stream.METHODS.values():
+        made = stream.generate(lab, lab.embedded(), how, lab.judge.truth, led, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(made[:, :, : stream.GIVEN], given)

@@ -1,8 +1,9 @@
 """Grow the embedded model from nothing: `python -m toy.grow` (or `make tiny`), which can be stopped and run again.
 
-Three stages, each skipped when its result is there: the VAE; the text-to-video base with its umT5 encoder, which is
-`train.py --full --from-scratch --p-async 0`; the Pusa LoRA, which is `train.py` as a user runs it. All learn from
-scenes that are rendered as they go. `python -m toy.judge` judges the result on captions that training never saw.
+Three stages, each skipped when its result is there: the VAE, from scenes rendered as it goes; the text-to-video base
+with its umT5 encoder, which is `train.py --full --from-scratch --p-async 0`; the Pusa LoRA, which is `train.py
+--two-levels`. Base and LoRA learn from the latents of a fixed number of scenes. `python -m toy.judge` judges the result
+on captions that training never saw.
 """
 
 import dataclasses
@@ -37,16 +38,17 @@ PRESET = checkpoint.Preset(
     size=(world.SIDE, world.SIDE), frames=world.FRAMES, fps=world.FPS, steps=10, shift=3.0, guidance=3.0, noise=0.0,
     strength=1.0, negative_prompt="",
 )  # fmt: skip
+_COUNT = 1, 10**9, "at least 1"
 
 
 @dataclass(frozen=True)
 class TinyConfig:
     out: str = cli.option("checkpoints/tiny", "folder of the model")
-    work: str = cli.option("runs/tiny", "folder for the clips and the state of each stage")
-    clips: int = cli.option(6000, "training clips")
-    vae_steps: int = cli.option(3600, "steps of the VAE")
-    base_steps: int = cli.option(13000, "steps of the text-to-video base")
-    lora_steps: int = cli.option(3500, "steps of the Pusa LoRA")
+    work: str = cli.option("runs/tiny", "folder for the latents and the state of each stage")
+    clips: int = cli.option(6000, "training clips", _COUNT)
+    vae_steps: int = cli.option(3600, "steps of the VAE", _COUNT)
+    base_steps: int = cli.option(13000, "steps of the text-to-video base", _COUNT)
+    lora_steps: int = cli.option(3500, "steps of the Pusa LoRA", _COUNT)
     compile: bool = cli.option(False, "compile the networks: faster, needs a C++ compiler")
     device: str | None = cli.option(None, "device of base and LoRA (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to train base and LoRA in", choices=("auto", "float32", "bfloat16"))

@@ -38,7 +38,7 @@ class Judge:
     ):  # fmt: skip
         """part: which of the scenes are judged, each with the noise that it has among all."""
         self.opened, self.scenes, self.device = opened, list(scenes)[part], device
-        self.all, self.part = len(scenes), part
+        self.count, self.part = len(scenes), part
         self.batch = 256 if device.startswith("cuda") else 32  # clips at a time
         self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype(dtype, device)
         with torch.device(device):
@@ -71,7 +71,7 @@ class Judge:
         taus = tasks.tau_schedule(plan.m, preset.steps, preset.shift, plan.d) if taus is None else taus
         given = [position for slot in plan.given for position in slot.positions]
         generator, made = torch.Generator().manual_seed(seed), []
-        shape = self.all, 16, len(plan.m), world.SIDE // 8, world.SIDE // 8
+        shape = self.count, 16, len(plan.m), world.SIDE // 8, world.SIDE // 8
         noise = torch.randn(shape, generator=generator)[self.part]
         for x1, context, truth in zip(*(x.split(self.batch) for x in (noise, self.context, self.truth)), strict=True):
             x1, negative = x1.to(self.device), self.negative.expand(len(x1), -1, -1)

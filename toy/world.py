@@ -1,7 +1,7 @@
 """The toy world: captioned clips of moving shapes whose truth is known to the pixel.
 
 One or two shapes slide over a background and bounce off the walls. The caption says everything but where they start,
-and names two shapes from left to right; `read` finds them in a frame, so that a generated clip can be judged exactly.
+and names two shapes from left to right; `measure` finds them in a clip, so that a generated clip can be judged exactly.
 `python -m toy.world --out data/world --count 4000` writes clips that two cores can learn from.
 """
 
@@ -136,13 +136,6 @@ def _cover(shape: str, centres: Tensor, radius: float) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-class Reading(NamedTuple):
-    shape: str
-    size: str
-    x: float  # centre of mass, pixels
-    y: float
-
-
 class Readings(NamedTuple):
     """What is seen of each colour in each frame, all (B, N, 8) in the order of `COLOURS`, on the CPU."""
 
@@ -178,17 +171,6 @@ def _measured(videos: Tensor, least: int) -> Readings:
     overlaps[seen] = torch.stack([shared / either for shared, either in both], -1)
     best = overlaps.argmax(-1)
     return Readings(seen, best // len(SIZES), best % len(SIZES), x, y)
-
-
-def read(video: Tensor, least: int = 25) -> list[dict[str, Reading]]:
-    """The shapes of one clip (3, N, 64, 64), as `measure` finds them: for each frame, colour → what is seen of it."""
-    seen, *rest = (values[0].tolist() for values in measure(video[None], least))
-    shapes, sizes = tuple(SHAPES), tuple(SIZES)
-    return [
-        {colour: Reading(shapes[rest[0][n][c]], sizes[rest[1][n][c]], rest[2][n][c], rest[3][n][c])
-         for c, colour in enumerate(COLOURS) if seen[n][c]}
-        for n in range(len(seen))
-    ]  # fmt: skip
 
 
 def write(folder: Path | str, count: int, seed: int, unseen: bool = False, pairs: float = 0.2) -> None:
