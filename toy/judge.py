@@ -37,8 +37,9 @@ class Judge:
         part: slice = slice(None),
     ):  # fmt: skip
         """part: which of the scenes are judged, each with the noise that it has among all."""
-        self.opened, self.scenes, self.device = opened, list(scenes)[part], device
-        self.count, self.part = len(scenes), part
+        every = list(scenes)
+        self.opened, self.scenes, self.device = opened, every[part], device
+        self.count, self.part = len(every), part
         self.batch = 256 if device.startswith("cuda") else 32  # clips at a time
         self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype(dtype, device)
         with torch.device(device):
