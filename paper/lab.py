@@ -222,7 +222,9 @@ class Lab:
         return told.stdout.strip() or "unknown"
 
     def each(self, name: str, median: bool = True) -> list[float]:
-        """A figure for each seed: the median, or the mean, over the scenes. LookupError if it was not measured."""
+        """A figure for each seed: the median, or the mean, over the scenes. LookupError if a seed is missing."""
+        if len(self.figures[name]) < len(self.seeds):
+            raise LookupError(f"{name} was measured for {len(self.figures[name])} of {len(self.seeds)} seeds")
         return [(statistics.median if median else statistics.fmean)(values) for values in self.figures[name]]
 
     def middle(self, name: str, median: bool = True) -> float:

@@ -120,6 +120,9 @@ def test_a_figure_is_below_another_beyond_the_spread_of_their_gaps(config):
     assert (bench.below("a", "b"), bench.below("b", "a"), bench.below("a", "c")) == (True, False, None)
     with pytest.raises(LookupError):
         bench.below("a", "d")
+    bench.seeds = (0, 1, 2)
+    with pytest.raises(LookupError, match="2 of 3 seeds"):
+        bench.below("a", "b")
 
 
 def test_a_lora_is_trained_once(config, monkeypatch):
