@@ -75,7 +75,7 @@ class SampleConfig:
     boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SIGMA)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
     tau: str | None = cli.option(None, "file with a table of noise levels to walk, steps down, latent frames across")
-    seed: int = cli.option(0, "seed of the noise", (-(2**63), 2**64 - 1, "a whole number of 64 bits"))
+    seed: int = cli.option(0, "seed of the noise", cli.SEED)
     sweep: tuple[str, ...] | None = cli.option(None, "a video for each value of one or two of " +
         f"{', '.join(records.SWEPT)}, as in noise=0,0.2 lora=1,1.4; and a contact sheet", nargs="+")  # fmt: skip
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
@@ -411,7 +411,7 @@ def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> d
     progress = cli.Progress(total * steps, "denoising", (total - len(missing)) * steps)
     if missing:
         experts = Experts(config, opened, [clips.prompts[n] for n in missing])
-        seeds = [config.seed * 1_000_003 + n for n in missing]  # as --seed, with --prompt, each makes its clip alone
+        seeds = [cli.nth_seed(config.seed, n) for n in missing]  # as --seed, with --prompt, each makes its clip alone
         made = generate(experts, job, (), seeds, lambda k, z: progress.step())
         clips.write(decode(experts.vae, latents) for latents in made)
     print(clips.folder)

@@ -78,7 +78,7 @@ class TrainConfig:
     dry_run: bool = cli.option(False, "print clips, buckets, parameters and memory, and stop")
     gpus: int = cli.option(1, "with --dry-run: GPUs that share batch, weights and optimizer", _COUNT)
     compile: bool = cli.option(False, "compile the network: slow to start, then faster (needs a C++ compiler)")
-    seed: int = cli.option(0, "seed of everything random")
+    seed: int = cli.option(0, "seed of everything random", cli.SEED)
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
 
@@ -207,7 +207,7 @@ def context_of(opened: Opened, config: TrainConfig, encoder: nn.Module | None, c
 
 def draw(clips: Dataset, config: TrainConfig, step: int, part: int = 0) -> Batch:
     """One part of a step's batch, drawn from seed and step alone: windows of a bucket, prompts, noise, τ by PTSS."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed(cli.nth_seed(config.seed, step))
     picked = dataset.batch_of(step, config.batch, clips.training, config.seed)
     mine = slice(part, None, config.accumulate * distributed.size())
     x0 = torch.stack([clips.latents[i] for i in picked[mine]])

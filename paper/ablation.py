@@ -19,8 +19,8 @@ from torch import Tensor
 
 import tasks
 from paper.efficiency import PUSA
-from paper.lab import BUDGETS, STEPS, Lab, Row
-from support import cli, plots
+from paper.lab import BUDGETS, STEPS, Lab, Row, sheet
+from support import plots
 from toy import world
 from toy.judge import as_prompted
 
@@ -129,8 +129,6 @@ def rows(lab: Lab) -> list[Row]:
 
 
 def draw(lab: Lab, path: Path) -> None:
-    from matplotlib import figure, style
-
     known = curves(lab)
     ranks = {name: curve for name, curve in known.items() if name.startswith("rank")}
     panels = (
@@ -139,17 +137,13 @@ def draw(lab: Lab, path: Path) -> None:
         ("p_async", 1, {"": known["p_async"]}), ("p_async, error of extend", 1, {"": known["p_async, extend"]}),
         ("noise m on the given image", 0.2, {"": known["noise"]}),
     )  # fmt: skip
-    with style.context(plots.STYLE):
-        sheet = figure.Figure(figsize=(8, 5.4), dpi=200, layout="constrained")
-        sheet.suptitle(TITLE, x=0.01, ha="left", fontsize=12, color="#222222")
-        grid = sheet.subplots(2, 3)
+    with sheet(path, TITLE, 5.4) as drawn:
+        grid = drawn.subplots(2, 3)
         for axes, (label, paper, shown) in zip(grid.flat, panels, strict=True):
             panel(axes, lab, paper, shown)
             axes.set_xlabel(label)
         for axes in grid[:, 0]:
             axes.set_ylabel("error, px")
-        with cli.replacing(path) as temporary:
-            sheet.savefig(temporary, metadata={"Software": None})
 
 
 def panel(axes: "Axes", lab: Lab, paper: float, shown: dict[str, Curve]) -> None:

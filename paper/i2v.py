@@ -151,6 +151,8 @@ def _clips(lab: Lab, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 def _trained(lab: Lab, steps: int, rate: float, state: Path) -> tuple[Wan, float]:
     """A finetune of the base, fp32, and the seconds that its training took."""
     network = widened(lab.opened.transformer(torch.float32, lab.device)).requires_grad_()
+    if lab.config.compile:
+        network.compile_blocks()
     return network, _train(network, _clips(lab), steps, rate, state, lab.device, lab.config.dtype)
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from support import cli, dataset, plots
 from toy import grow, world
 from toy.judge import DETERMINED, Judge, centroid_errors, unseen_scenes
 from wan import checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 # In these claims every seed makes all scenes. In the others, which compare many settings, each makes a third of them.
@@ -59,6 +62,7 @@ class Config:
     commit: str | None = cli.option(None, "name of this state of the code, for the results (default: git's)")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
+    compile: bool = cli.option(False, "compile the networks: slow to start, then faster (needs a C++ compiler)")
 
 
 class Row(NamedTuple):
@@ -97,7 +101,8 @@ class Lab:
 
     def _judge_of(self, part: int) -> Judge:
         scenes = unseen_scenes(self.scenes, seed=100)
-        return Judge(self.opened, scenes, self.device, self.config.dtype, slice(part, None, self.parts))
+        part = slice(part, None, self.parts)
+        return Judge(self.opened, scenes, self.device, self.config.dtype, part, self.config.compile)
 
     def few(self, values: Sequence[T]) -> Sequence[T]:
         """The values, of which a quick pass takes only the first and the last."""
@@ -116,7 +121,7 @@ class Lab:
         settings |= {"steps": 2, "batch": 4} if self.config.quick else {}
         training = train.TrainConfig(
             data=self.config.work, model=self.config.model, out=str(out), device=self.device, dtype=self.config.dtype,
-            val_every=0, **settings,
+            val_every=0, compile=self.config.compile, **settings,
         )  # fmt: skip
         with alone(out):
             grow.train_or_resume(training, self.training_data, out / "lora.safetensors")
@@ -150,7 +155,7 @@ class Lab:
     @torch.no_grad()
     def _latents_of(self, part: int) -> Tensor:
         judge = self.judge_of(part)
-        return torch.cat([judge.vae.encode(clips).float() for clips in judge.truth.split(judge.batch)])
+        return torch.cat([judge.vae.encode(clips).float() for clips in judge.truth.split(judge.few)])
 
     @torch.no_grad()
     def velocity(self, network: nn.Module, tau: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -260,16 +265,23 @@ def alone(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def page(path: Path | str, title: str, widths: Sequence[float] = (1,), height: float = 3.6) -> Iterator[Sequence]:
-    """Axes side by side, as wide in proportion as `widths`, to be drawn on; then written as a PNG for a page's width.
+def sheet(path: Path | str, title: str, height: float) -> Iterator["Figure"]:
+    """A figure to be drawn on, which is then written as a PNG for a page's width.
 
-    title: what the figure says; height: of the figure in inches, of which it is 8 wide, so letters are 10 pt at 800 px.
+    title: what the figure says; height: in inches, of which it is 8 wide, so letters are 10 pt at 800 px.
     """
     from matplotlib import figure, style
 
     with style.context([*plots.STYLE, {"font.size": 10}]):
-        sheet = figure.Figure(figsize=(8, height), layout="constrained")
-        sheet.suptitle(title, x=0.01, ha="left", fontsize=13, color="#222222")
-        yield sheet.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        drawn = figure.Figure(figsize=(8, height), layout="constrained")
+        drawn.suptitle(title, x=0.01, ha="left", fontsize=13, color="#222222")
+        yield drawn
         with cli.replacing(path) as out:
-            sheet.savefig(out, dpi=200, metadata={"Software": None})
+            drawn.savefig(out, dpi=200, metadata={"Software": None})
+
+
+@contextmanager
+def page(path: Path | str, title: str, widths: Sequence[float] = (1,), height: float = 3.6) -> Iterator[Sequence]:
+    """Axes side by side on a `sheet`, as wide in proportion as `widths`."""
+    with sheet(path, title, height) as drawn:
+        yield drawn.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 import lora
 from model import Wan, rotate
 from paper import i2v
-from paper.lab import Lab, Row
-from support import cli, plots
+from paper.lab import Lab, Row, sheet
+from support import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,7 +90,8 @@ def attention(lab: Lab, name: str, first: float, seed: int) -> Tensor:
         maps.append(frame_attention(layer, *inputs, len(tau)))
 
     handles = [block.self_attn.register_forward_pre_hook(look) for block in network.blocks]
-    lab.velocity(network, tau, seed)
+    with torch.compiler.set_stance("force_eager"):  # compiled blocks call no hooks
+        lab.velocity(network, tau, seed)
     for handle in handles:
         handle.remove()
     return torch.stack(maps).mean(0).flatten().cpu()
@@ -158,14 +159,10 @@ def told(lab: Lab, name: str) -> str:
 
 
 def draw(lab: Lab, path: Path) -> None:
-    from matplotlib import figure, style
-
     known = {"LoRA": CHANGED} | ({"I2V finetune": FINETUNE} if FINETUNE in lab.figures else {})
     grids = {name: 100 * by_layer(lab, changed).view(-1, len(lora.TARGETS)).T for name, changed in known.items()}
-    with style.context(plots.STYLE):
-        sheet = figure.Figure(figsize=(8, 7), dpi=200, layout="constrained")
-        sheet.suptitle(TITLE, x=0.01, ha="left", fontsize=12, color="#222222")
-        upper, lower = sheet.subfigures(2, 1)
+    with sheet(path, TITLE, 7) as drawn:
+        upper, lower = drawn.subfigures(2, 1)
         for axes, (name, grid) in zip(upper.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
             heat_map(axes, grid, f"1. change of each layer by the {name}, %")
             axes.set_xlabel("block")
@@ -188,8 +185,6 @@ def draw(lab: Lab, path: Path) -> None:
         axes.title.set_size(9)
         axes.grid(axis="y")
         axes.legend()
-        with cli.replacing(path) as temporary:
-            sheet.savefig(temporary, metadata={"Software": None})
 
 
 def heat_map(axes: "Axes", grid: Tensor, title: str) -> None:

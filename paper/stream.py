@@ -51,7 +51,7 @@ def drift(lab: Lab, network: Wan, method: str, seed: int) -> dict[str, Tensor]:
     for context, truth in zip(judge.context.split(judge.batch), judge.truth.split(judge.batch), strict=True):
         led = context, judge.negative.expand(len(context), -1, -1), judge.preset.guidance
         latents = generate(lab, network, METHODS[method], truth, led, generator)
-        for part in latents.split(32):
+        for part in latents.split(judge.few):
             video = judge.vae.decode(part).float()
             for second in SECONDS:
                 frames = range((second - 1) * world.FPS, second * world.FPS)

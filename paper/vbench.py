@@ -44,7 +44,7 @@ class Config:
     steps: int = cli.option(10, "sampling steps K")
     guidance: float | None = cli.option(None, "guidance (default: the model's)")
     noise: str = cli.option("0", "noise multiplier of the image in [0, 1]")
-    seed: int = cli.option(0, "seed of the noise")
+    seed: int = cli.option(0, "seed of the noise", cli.SEED)
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     offload: bool = cli.option(False, "keep the weights in the CPU's memory, on the device one block at a time")
 
@@ -74,7 +74,7 @@ def suite(folder: Path, ratio: str, out: Path, samples: int, seed: int) -> list[
     lacks = [image for _, image in entries if not image.is_file()] if entries else ["a prompt"]
     cli.expect(not lacks, f"{folder} without {lacks and lacks[0]}", "all that VBench's download_data.sh leaves there")
     return [
-        [Video(out / f"{prompt}-{i}.mp4", prompt, image, seed * 1_000_003 + 5 * n + i) for i in range(samples)]
+        [Video(out / f"{prompt}-{i}.mp4", prompt, image, cli.nth_seed(seed, 5 * n + i)) for i in range(samples)]
         for n, (prompt, image) in enumerate(entries)
     ]
 

@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:  # a wrong flag is answered before torch has loaded
     import torch
 
 T = typing.TypeVar("T")
+SEED = (-(2**63), 2**64 - 1, "a whole number of 64 bits")  # what torch takes
 
 
 def option(
@@ -239,6 +240,11 @@ def parse_numbers(flag: str, text: str | None, kind: type) -> list | None:
         return None if text is None else [kind(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"got --{flag} {text}, expected numbers with commas, as in 0,4,8") from None
+
+
+def nth_seed(seed: int, n: int) -> int:
+    """The seed of a run's n-th step, clip or epoch, which for small seeds no other run has."""
+    return (seed * 1_000_003 + n) % 2**63
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -284,7 +284,7 @@ def _epoch(epoch: int, batch: int, buckets: tuple[tuple[int, ...], ...], seed: i
 
     Each bucket gives as many batches as it has members: `batch` shuffles of them, one after another, cut into batches.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(cli.nth_seed(seed, epoch))
     turns = []  # for each turn, the batches of the bucket that takes it
     for members in map(torch.tensor, buckets):
         shuffles = [members[torch.randperm(len(members), generator=generator)] for _ in range(batch)]

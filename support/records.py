@@ -305,8 +305,7 @@ def claimed(config: Config) -> Iterator[dict[str, Path]]:
 
 
 def _files(video: Path, config: Config) -> dict[str, Path]:
-    if video.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"got --out {video}, expected a file that ends in .mp4 or .gif")
+    cli.expect(video.suffix in (".mp4", ".gif"), f"--out {video}", "a file that ends in .mp4 or .gif")
     files = {"video": video, "filmstrip": video.with_suffix(".png"), "settings": video.with_suffix(".json")}
     if config.sweep:
         alone, cells = dataclasses.replace(config, sweep=None), {}
@@ -408,9 +407,8 @@ class ClipFolder:
 
     def __init__(self, config: Config):
         self.config, self.prompts, self.folder = config, _prompts(config), Path(config.out or "")
-        if not config.out or self.folder.is_file() or self.folder.suffix in (".mp4", ".gif"):
-            expected = "expected a folder for the clips, such as data/mine"
-            raise ValueError(f"got {config.out} as --out of --prompts, {expected}")
+        right = config.out and not self.folder.is_file() and self.folder.suffix not in (".mp4", ".gif")
+        cli.expect(right, f"{config.out} as --out of --prompts", "a folder for the clips, such as data/mine")
         self._check()
         self.missing = media.missing_clips(self.folder, self.prompts)
 
@@ -423,8 +421,7 @@ class ClipFolder:
                     raise ValueError(f"got {now} as --{name.replace('_', '-')}, but the clips in {folder} began with "
                                      f"{begun[name]}; repeat that, or choose another --out")  # fmt: skip
         elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-            expected = "expected a new folder or one that --prompts began"
-            raise ValueError(f"got --out {folder}, which holds other files, {expected}")
+            raise ValueError(f"got --out {folder}, which holds other files, expected a new folder or one of --prompts")
 
     def write(self, videos: Iterable[Tensor]) -> None:
         """Write the missing clips, (3, N, H, W) each, as they are made."""

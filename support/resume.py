@@ -57,17 +57,13 @@ def claim(settings: dict, may_change: set[str]) -> Iterator["Run"]:
 
 def _numbered(resume: bool) -> Path:
     """The last of runs/pusa-NNN, or with `resume` false the next one, which is made."""
-    number = _last()
+    number = max((int(path.name[5:]) for path in Path("runs").glob("pusa-[0-9][0-9][0-9]")), default=0)
     while not resume:
         number += 1
         with suppress(FileExistsError):  # another run took it just now
             Path(f"runs/pusa-{number:03d}").mkdir(parents=True)
             break
     return Path(f"runs/pusa-{number:03d}")
-
-
-def _last() -> int:
-    return max((int(path.name[5:]) for path in Path("runs").glob("pusa-[0-9][0-9][0-9]")), default=0)
 
 
 @contextmanager

@@ -1473,6 +1473,8 @@ def test_what_is_given_wins_over_a_preset(run, tmp_path):
         ("--task retake --video CLIP --between 0,1 --strength 2", ["2", "[0, 1]"]),
         ("--task retake --video CLIP --between 0,1 --frames 37", ["a clip of 33 frames", "at least 37"]),
         ("--task retake --video CLIP --between 0,a", ["got --between 0,a", "numbers with commas"]),
+        ("--task extend --video CLIP --between 0,1", ["got --between for extend", "--task retake"]),
+        ("--task i2v --image CLIP@0 --only-new", ["got --only-new for i2v", "extend", "prepend", "retake"]),
         ("--task keyframes --video CLIP --at 0", ["a whole clip for keyframes", "a.mp4@0-12"]),
         ("--task keyframes --video CLIP@0-9 --at 0", ["got 10 frames", "4k+1"]),
         ("--task keyframes --video CLIP@9-0 --at 0", ["frames 9 to 0", "the first before the last"]),

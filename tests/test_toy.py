@@ -113,8 +113,9 @@ def test_diffusers_reads_the_lora_as_we_do(pipe, pusa):
         return pipe.transformer(x, timestep, context, return_dict=False)[0]
 
     base = theirs()
-    pipe.load_lora_weights(MODEL, weight_name=LORA.name)
+    pipe.load_lora_weights(MODEL, weight_name=LORA.name, adapter_name="pusa")
     try:
+        pipe.set_adapters("pusa", pusa.preset.strength)
         adapted = theirs()
     finally:
         pipe.unload_lora_weights()
@@ -158,6 +159,32 @@ def test_conditions_are_those_that_a_user_has():
         latents = bench.latents(still, name)
         given = [position for slot in bench.plan(name).given for position in slot.positions]
         assert torch.equal(~latents.isnan().all((0, 1, 3, 4)), torch.isin(torch.arange(9), torch.tensor(given))), name
+
+
+@torch.no_grad()
+def test_the_table_has_a_mean_and_a_spread_over_the_seeds(monkeypatch):
+    scenes, opened, asked = [SCENES[0], PAIRS[0], SCENES[1], PAIRS[1]], checkpoint.open(MODEL, Wan), []
+    judges = [judge.Judge(opened, scenes, part=part) for part in (slice(2), slice(2, 4))]
+
+    def figures(bench, network, seed, history_guidance):
+        asked.append((seed, history_guidance))
+        yield "what", "px", torch.tensor([[1.0 + seed], [10.0 + 4 * seed]])
+
+    monkeypatch.setattr(judge, "figures", figures)
+    lines = judge.evaluate(judges, LORA, 3.0).splitlines()
+    assert asked == [(0, 1), (1, 1), (0, 1), (1, 1), (0, 3), (1, 3)]
+    assert lines[-1] == "| what | px |" + " 1.5 ± 0.5 / 12.0 ± 2.0 |" * 3
+    vae, truth = judges[0].vae, torch.stack([world.render(scene) for scene in scenes])
+    assert f"| {judge.psnr(vae.decode(vae.encode(truth)), truth).mean():.1f} |" in lines[2]
+
+
+def test_the_table_needs_no_gradients(monkeypatch):
+    """Those of so many clips take more memory than there is."""
+    bench, needed = judge.Judge(checkpoint.open(MODEL, Wan), [SCENES[0], PAIRS[0]]), []
+    monkeypatch.setattr(judge, "figures", lambda *_, **__: iter(()))
+    monkeypatch.setattr(judge, "psnr", lambda a, b: needed.append(a.requires_grad) or torch.zeros(len(a)))
+    judge.evaluate([bench], LORA, 3.0)
+    assert needed == [False]
 
 
 def test_a_clip_is_judged_by_its_own_scene():

@@ -463,6 +463,11 @@ def test_a_seed_repeats_a_run_and_another_does_not(run, whole, tmp_path):
     assert _made(tmp_path / "other") != whole
 
 
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_any_seed_of_64_bits_trains(run, seed):
+    assert run(f"--seed={seed}", "--steps", 1).status == 0
+
+
 # Data.
 
 
@@ -872,6 +877,7 @@ def test_rate_warms_up_and_comes_down(steps):
         ("--accumulate 3", ["--accumulate 3", "--batch 2"]),
         ("--gpus 3 --dry-run", ["--accumulate 1 on 3 GPUs", "--batch 2"]),
         ("--keep 0", ["got --keep 0", "at least 1"]),
+        ("--seed 18446744073709551616", ["got --seed 18446744073709551616", "64 bits"]),
         ("--frames 26", ["got 26 frames", "4k+1"]),
         ("--frames 0", ["got 0 frames", "4k+1"]),
         ("--frames 37", ["4 of them like 00000.mp4", "33 frames", "37", "--frames 33 takes it"]),

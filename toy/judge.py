@@ -34,13 +34,14 @@ class Judge:
 
     def __init__(
         self, opened: checkpoint.Opened, scenes: Sequence[world.Scene], device: str = "cpu", dtype: str = "auto",
-        part: slice = slice(None),
+        part: slice = slice(None), compile: bool = False,
     ):  # fmt: skip
-        """part: which of the scenes are judged, each with the noise that it has among all."""
+        """part: which of the scenes are judged, each with the noise that it has among all. compile: transformers."""
         every = list(scenes)
         self.opened, self.scenes, self.device = opened, every[part], device
-        self.count, self.part = len(every), part
-        self.batch = 256 if device.startswith("cuda") else 32  # clips at a time
+        self.count, self.part, self.compile = len(every), part, compile
+        # Clips at a time, of the transformer and of the VAE, where more would not stay in a CPU's cache.
+        self.batch, self.few = (256, 256) if device.startswith("cuda") else (32, 2)
         self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype(dtype, device)
         with torch.device(device):
             self.truth = torch.stack([world.render(scene) for scene in self.scenes])
@@ -56,6 +57,8 @@ class Judge:
         if change is not None:
             change = change if isinstance(change, lora.LoRA) else lora.load(change)
             lora.merge(transformer, change, self.preset.strength if strength is None else strength)
+        if self.compile:
+            transformer.compile_blocks()
         return transformer.requires_grad_(False)
 
     @torch.no_grad()
@@ -90,7 +93,7 @@ class Judge:
     ) -> Tensor:  # fmt: skip
         """The clips (B, 3, N, 64, 64) of `latents`, in [-1, 1]."""
         latents = self.latents(network, task, seed, taus, plan, **settings)
-        return torch.cat([self.vae.decode(part).float() for part in latents.split(self.batch)])
+        return torch.cat([self.vae.decode(part).float() for part in latents.split(self.few)])
 
     @staticmethod
     def plan(task: str) -> tasks.Plan:
@@ -186,8 +189,11 @@ def figures(judge: Judge, network: nn.Module, seed: int, **settings: float) -> I
             yield f"{task.replace('i2v', 'I2V')}: median centroid error {where}", "px", errors
 
 
+@torch.no_grad()
 def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
     """A Markdown table: the model without its LoRA, with it, and with history guidance too; a judge for each seed."""
+    vae, batches = judges[0].vae, (clips for judge in judges for clips in judge.truth.split(judge.few))
+    kept = torch.cat([psnr(vae.decode(vae.encode(clips)), clips) for clips in batches]).mean()
     base, pusa = judges[0].transformer(), judges[0].transformer(change)
     columns = ((base, {}), (pusa, {}), (pusa, {"history_guidance": history}))
     progress, rows = cli.Progress(len(columns) * len(judges), "evaluating"), {}
@@ -205,8 +211,6 @@ def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
             mean, std = spread.mean(0).tolist(), spread.std(0, correction=0).tolist()
             told = " / ".join(f"{a:.1f} ± {b:.1f}" for a, b in zip(mean, std, strict=True))
             rows.setdefault(what, []).append(told)
-    batches = (clips for judge in judges for clips in judge.truth.split(judge.batch))
-    kept = torch.cat([psnr(judge.vae.decode(judge.vae.encode(clips)), clips) for clips in batches]).mean()
     head = ["what | unit", "LoRA off", "with the LoRA", f"and history guidance {history:g}"]
     lines = [head, ["---"] * 5, ["VAE: reconstruction (PSNR) | dB", f"{kept:.1f}", "the same", "the same"]]
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *([what, *told] for what, told in rows.items())])
@@ -220,6 +224,7 @@ class JudgeConfig:
     history: float = cli.option(3.0, "history guidance in the last column", (0, 1e9, "0 or more; 1 is off"))
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
+    compile: bool = cli.option(False, "compile the transformers: faster, needs a C++ compiler")
 
 
 def main() -> None:
@@ -229,7 +234,7 @@ def main() -> None:
     cli.expect(config.samples >= 4 * config.seeds, got, "at least 4 a seed: one in four has two shapes")
     scenes, device = unseen_scenes(config.samples), cli.pick_device(config.device)
     parts = [slice(seed, None, config.seeds) for seed in range(config.seeds)]
-    judges = [Judge(opened, scenes, device, config.dtype, part) for part in parts]
+    judges = [Judge(opened, scenes, device, config.dtype, part, config.compile) for part in parts]
     table, preset = evaluate(judges, folder / "lora.safetensors", config.history), opened.preset
     readme = f"""# The embedded model
 

@@ -199,8 +199,7 @@ def existing(path: Path | str) -> Path:
 
 def convert(source: Path | str, path: Path | str, to: str, overwrite: bool = False) -> None:
     """Write the LoRA of a file in another layout of `LAYOUTS`, with its metadata. ValueError if `path` will not do."""
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(f"got {path} to write to, expected a name that ends in .safetensors")
+    cli.expect(Path(path).suffix == ".safetensors", f"{path} to write to", "a name that ends in .safetensors")
     if Path(path).exists() and not overwrite:
         raise ValueError(f"{path} exists; give another name, or --overwrite")
     lora, _, metadata = _read(Path(source))
@@ -315,8 +314,7 @@ def _peft_alpha(path: Path, metadata: dict[str, str]) -> float | None:
 
 def _tensors(lora: LoRA, to: str) -> dict[str, Tensor]:
     """The tensors of a file in one of the `LAYOUTS`. ValueError for a LoRA that the layout cannot hold."""
-    if to not in LAYOUTS:
-        raise ValueError(f"got the LoRA layout {to}, expected one of {', '.join(LAYOUTS)}")
+    cli.expect(to in LAYOUTS, f"the LoRA layout {to}", f"one of {', '.join(LAYOUTS)}")
     biases = {f"{layer}.bias" for layer in lora.pairs}
     if lost := [name for name in lora.diffs if to == "original" or (to == "peft" and name not in biases)]:
         got = f"{len(lost)} changes of whole parameters, such as {lost[0]}"
