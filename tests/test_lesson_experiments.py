@@ -28,7 +28,7 @@ def bench() -> judge.Judge:
 
 
 @functools.cache
-def readings(task: str, strength: float = 1.0, **settings: float) -> world.Readings:
+def readings(task: str, strength: float | None = None, **settings: float) -> world.Readings:
     """What is seen in the clips that a task makes of the sixteen scenes."""
     return world.measure(bench().videos(bench().transformer(MODEL / "lora.safetensors", strength), task, **settings))
 
@@ -84,16 +84,16 @@ def test_a_new_line_is_a_new_task(monkeypatch):
     frame = range(LAST, LAST + 1)
     free, base, led = errors("t2v", frame), errors("ending", frame, strength=0.0), errors("ending", frame)
     assert led.median() < 0.5 * base.median() < 0.5 * free.median()
-    assert (led > 5).sum() == 4 and "in four of sixteen scenes they do not" in README
+    assert (led > 5).sum() == 1 and "in one of sixteen scenes they do not" in README
     for name, error in (("`t2v`, which knows no image", free), ("`ending`, LoRA off", base), ("`ending`", led)):
         check_row(name, error.median().item())
 
 
 @pytest.mark.slow
 def test_the_lora_helps_most_at_its_own_strength():
-    found = {s: errors("extend", judge.DETERMINED["extend"], strength=s) for s in (0.0, 0.5, 1.0, 2.0)}
+    found = {s: errors("extend", judge.DETERMINED["extend"], strength=s) for s in (0.0, 0.6, 1.2, 2.4)}
     middle = {strength: error.median() for strength, error in found.items()}
-    assert middle[0.0] > 3 * middle[1.0] and middle[2.0] > 2 * middle[1.0] and middle[0.5] < 0.5 * middle[0.0]
+    assert middle[0.0] > 3 * middle[1.2] and middle[2.4] > 2 * middle[1.2] and middle[0.6] < 0.5 * middle[0.0]
     for strength, error in found.items():
         check_errors(f"{strength:g}", error)
 
