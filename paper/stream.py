@@ -25,9 +25,7 @@ from toy.judge import centroid_errors
 
 SECONDS = (1, 2, 4, 8, 15, 22, 30)
 # Arguments of `roll`: how many recent frames are seen, and whether the first is.
-METHODS = {
-    "windows": None, "ramp, 4 and the first": (4, True), "ramp, 6 and the first": (6, True), "ramp, 5": (5, False),
-}  # fmt: skip
+METHODS = {"windows": None, "ramp, with the first frame": (4, True), "ramp, without it": (5, False)}
 KINDS = {"colours": "colours right", "shapes": "shapes right", "sizes": "sizes right", "error": "error of position, px",
          "background": "error of the background, 0 to 255"}  # fmt: skip
 GIVEN = 4  # latent frames
