@@ -370,11 +370,11 @@ def sample(config: SampleConfig) -> dict[str, Path]:
         for labels, (cell, job) in runs.items():
             print(*labels, records.told(cell, job.taus), estimate(cell, opened, job), sep="\n\n")
         return {}
-    return _sample_runs(config, opened, runs) if config.prompts is None else _sample_each(cell, opened, runs[labels][1])
+    return _sample_runs(config, opened, runs) if config.prompts is None else _sample_each(opened, *runs.popitem()[1])
 
 
 def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) -> dict[str, Path]:
-    """Make the cells of `--sweep`, or one video, of what is loaded once, a transformer for each strength of LoRAs."""
+    """Make one video, or the cells of `--sweep`; only another strength of a LoRA loads the transformer again."""
     started, (first, job) = time.monotonic(), next(iter(runs.values()))
     with records.claimed(config) as files:
         inputs, experts = read_inputs(config, job.plans[0]), Experts(first, opened, [config.prompt])
@@ -404,7 +404,7 @@ def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) ->
     return files
 
 
-def _sample_each(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> dict[str, Path]:
+def _sample_each(opened: checkpoint.Opened, config: SampleConfig, job: Job) -> dict[str, Path]:
     """Make the clips of `--prompts` that the folder `--out` lacks."""
     clips, steps = records.ClipFolder(config), len(job.taus[0]) - 1
     total, missing = len(clips.prompts), clips.missing

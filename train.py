@@ -349,8 +349,8 @@ def filmstrip(
         F, N = x0.shape[2], cli.pixel_frames(x0.shape[2])
         x1 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(config.device)
         velocity = partial(transformer, context=clips.context([clips.prompts[index]]))
-        given = {f"clip: {clips.prompts[index]}": F, "from its first frame": 1, "from its prompt": 0}
-        for title, m in ((title, [0.0] * k + [1.0] * (F - k)) for title, k in given.items()):
+        clean = {f"clip: {clips.prompts[index]}": F, "from its first frame": 1, "from its prompt": 0}
+        for title, m in ((title, [0.0] * k + [1.0] * (F - k)) for title, k in clean.items()):
             latents = flow.denoise(velocity, x0, x1, (sigma * torch.tensor(m))[walked]) if any(m) else x0
             rows.append((title, vae.decode(latents)[0].float().cpu()))
             marks.append([m[cli.latent_index(n, N)] == 0 for n in range(N)])

@@ -121,7 +121,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as fresh:  # embeddings of an earlier run would spare the text encoder
         os.environ["NANOPUSA_CACHE"] = fresh
         sample.sample(run)
-    print(f"{torch.get_num_threads()} threads, {sample.prepare(run)[0].dtype}; files of the folder:")
+    dtype = cli.pick_dtype(run.dtype, cli.pick_device(run.device))
+    print(f"{torch.get_num_threads()} threads, {dtype}; files of the folder:")
     for path in sorted(folder.rglob("*")):
         if path.stat().st_size > 2**24:
             print(f"  {path.name:42}{path.stat().st_size / 2**30:8.2f} GiB")

@@ -34,10 +34,10 @@ RATES, TRIAL = (3e-4, 1e-3, 3e-3), 128  # learning rates, and the steps after wh
 CHANNELS = 36  # 16 noisy, 4 of the mask, 16 given
 
 
-def one_level(lab: Lab, steps: int | None = None) -> Tensor:
+def one_level(lab: Lab) -> Tensor:
     """Noise levels (K+1, F) at which no frame is ahead of another, the given ones included."""
     preset = lab.judge.preset
-    return tasks.tau_schedule([1.0] * tasks.latent_frames(world.FRAMES), steps or preset.steps, preset.shift)
+    return tasks.tau_schedule([1.0] * tasks.latent_frames(world.FRAMES), preset.steps, preset.shift)
 
 
 def told(x0: Tensor, given: list[int]) -> Tensor:

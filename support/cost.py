@@ -136,9 +136,9 @@ def sampling(
     shape = (window, height // 8, width // 8)
     decoding = parts[1].decoding_bytes(F, height, width) + 3 * 4 * (4 * F - 3) * width * height  # and the video in fp32
     transformer, vae, encoder = map(_count, parts)
-    config, blocks, size = parts[0].config, parts[0].blocks, dtype.itemsize
-    prompts = 2 * 2 * config.num_layers * config.text_len * config.dim * size  # keys and values, with and without
-    around = 4 * vae + prompts + tokens(shape) * (8 * config.dim + config.ffn_dim) * size
+    config, blocks, itemsize = parts[0].config, parts[0].blocks, dtype.itemsize
+    prompts = 2 * 2 * config.num_layers * config.text_len * config.dim * itemsize  # keys and values, with and without
+    around = 4 * vae + prompts + tokens(shape) * (8 * config.dim + config.ffn_dim) * itemsize
     offloaded = transformer - _count(blocks) + 2 * _count(blocks[0])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         _forward(parts[0], (1, config.in_dim, *shape))
@@ -151,8 +151,8 @@ def sampling(
 
     return (
         f"{passes} passes of {transformer / 1e6:.1f} M parameters over {tokens(shape)} tokens\n"
-        f"memory, one after another: {stages(size * encoder, size * transformer)}\n"
-        f"with --offload, on the device: {stages(0, size * offloaded)}\n"
+        f"memory, one after another: {stages(itemsize * encoder, itemsize * transformer)}\n"
+        f"with --offload, on the device: {stages(0, itemsize * offloaded)}\n"
         f"time: about {cli.duration(seconds)} of denoising at half of this machine's {speed / 1e9:.0f} GFLOP/s"
     )
 

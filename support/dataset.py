@@ -62,7 +62,7 @@ class Dataset(NamedTuple):
     latents: Sequence[Tensor]
     prompts: list[str]  # of each window
     context: Context
-    validation: list[int]  # one window of each clip that is held out of training, or else of at most 16 others
+    validation: list[int]  # a window of each clip held out of training; if none is, of at most 16 that are trained on
     training: list[list[int]]  # buckets of windows, in each of which latents have one shape
     digest: str = ""  # of the captions and latents
     skipped: Sequence[Skipped] = ()

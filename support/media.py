@@ -279,7 +279,7 @@ def write_video(path: Path | str, video: Tensor | Iterable[Tensor], fps: float, 
 
 def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: Fraction, sound: Sound | None) -> None:
     """Frames (H, W, 3) of 0..255 as H.264, and a clip's sound, if it has any, as AAC."""
-    # An index at the front, so that browsers can start at once.
+    # PyAV: imageio has no setting for colours, equal bytes, sound. With the index in front, browsers start at once.
     with av.open(str(path.resolve()), "w", options={"movflags": "faststart"}) as file:
         first = next(frames)
         height, width = first.shape[:2]

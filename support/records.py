@@ -59,7 +59,7 @@ def read(path: Path, config_class: type[Config]) -> Config:
 
 
 def repeated(path: str, given: dict, config_class: type[Config]) -> Config:
-    """The settings recorded in a file, except where others are `given` beside it, which stderr tells."""
+    """The settings recorded in a file, but for those `given` by other flags; stderr says which these are."""
     record, defaults = read(Path(path), config_class), config_class()
     changed = [name for name in given if name not in ("from_json", *_NOT_REPEATED)]
     if changed:
@@ -148,9 +148,9 @@ def with_inputs(config: Config, needed: NamedTuple, size: tuple[int, int], as_lo
 
 
 def size_like(images: Iterable[str], videos: Iterable[str], size: tuple[int, int]) -> tuple[int, int]:
-    """The shape of the first image or else clip, at the number of pixels of `size`, as in training; without any `size`.
+    """Width and height in the shape of the first image, or else clip, with as many pixels as `size`, as in training.
 
-    The others are cropped to it: stderr says which have another shape.
+    That is `size` itself if there is no image or clip. Others are cropped to it; stderr says which have another shape.
     """
     shapes = {name: media.read_image(name).shape for name in images}
     shapes |= {name: media.read_video(name, first=1).shape for name in videos}
@@ -243,7 +243,7 @@ class Around(NamedTuple):
         yield from made[:, max(0, n + 1) :].unbind(1)
 
     def marks(self, given: Sequence[bool]) -> list[bool]:
-        """Whether each frame of the whole was given, from the same of the made ones."""
+        """Whether each frame of the whole clip was given; `given` says so of the frames that were made."""
         among = {self.start + n: mark or kept for n, (mark, kept) in enumerate(zip(given, self.kept, strict=True))}
         ends = min(0, self.start), max(self.frames, self.start + len(given))
         return [among.get(t, True) for t in range(*ends)]
@@ -361,9 +361,9 @@ def write_run(
 
 
 class Sheet:
-    """What a sweep leaves: files of each cell, as of a run alone, and a contact sheet of the cells that are made.
+    """The files of a sweep: those of each cell, as of a run of its own, and a contact sheet of the cells made so far.
 
-    config: with `sweep`; without it there is one cell, and no sheet. files: those of `claimed`.
+    A run without `sweep` is one cell without a sheet. files: those of `claimed`.
     """
 
     def __init__(self, config: Config, files: dict[str, Path]):

@@ -209,10 +209,10 @@ class Run:
         return {"loss": loss, "samples/s": batch / seconds, "tokens/s": batch / seconds * tokens}
 
     def judge(self, losses: dict[str, Tensor]) -> dict[str, float]:
-        """The means of a validation's losses, (triples,) of each kind; if it is the best so far, notes its step.
+        """The means of a validation's losses, (triples,) of each kind; the step of the best is noted.
 
-        It is if the mean over `sync`, `async` and `clean` fell since the best by more than the standard error of that
-        difference, taken triple by triple: how hard a triple is differs far more than what training changes.
+        A validation is better if the mean of `sync`, `async` and `clean` is lower by more than the standard error of
+        the difference, taken triple by triple: triples differ in difficulty far more than training changes.
         """
         before = self.best or losses
         gain = sum(before[name] - losses[name] for name in ("sync", "async", "clean")) / 3
@@ -221,7 +221,7 @@ class Run:
         return {name: loss.mean().item() for name, loss in losses.items()}
 
     def due(self, every: int, at_end: bool = False) -> bool:
-        """Whether what happens every so many steps, 0 for never, happens after this one."""
+        """Whether this step is one of every `every`; 0 is never. at_end: the last step is one too."""
         return every > 0 and (self.figures["step"] % every == 0 or at_end and self.figures["step"] == self.steps)
 
     def log(self, figures: dict[str, float]) -> None:

@@ -127,18 +127,17 @@ def rendered_clips(
 def embedded(opened: checkpoint.Opened, config: TrainConfig, captions: list[str]) -> Context:
     """What gives the embeddings of captions, and of none: so small an encoder takes many at a time."""
     prompts, encoder, tokenizer = ["", *captions], opened.text_encoder(torch.float32, config.device), opened.tokenizer()
-    batches = [tokenizer(prompts[i : i + 512]) for i in range(0, len(prompts), 512)]
-    table = torch.cat([encoder(*(tensor.to(config.device) for tensor in batch)) for batch in batches])
+    table = torch.cat([text.embed(tokenizer, encoder, prompts[i : i + 512]) for i in range(0, len(prompts), 512)])
     table, row = table.to(getattr(torch, config.dtype)), {prompt: i for i, prompt in enumerate(prompts)}
     return lambda wanted: table[[row[prompt] for prompt in wanted]]
 
 
 @torch.no_grad()
-def measure_latents(vae: WanVAE, count: int = 256) -> None:
+def measure_latents(vae: WanVAE) -> None:
     """Put the mean and standard deviation of each latent channel into the VAE's config."""
     # The latents are those with the VAE's noise: without it, a channel that the VAE does not use would be scaled up to
     # the size of the others.
-    moments = [vae.moments(world.render(scene)[None]) for scene in world.scenes(count, seed=2)]
+    moments = [vae.moments(world.render(scene)[None]) for scene in world.scenes(256, seed=2)]
     means, log_variances = (torch.cat(part) for part in zip(*moments, strict=True))
     mean, std = means.mean((0, 2, 3, 4)), (means.var((0, 2, 3, 4)) + log_variances.exp().mean((0, 2, 3, 4))).sqrt()
     vae.config = dataclasses.replace(vae.config, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))

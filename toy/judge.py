@@ -36,7 +36,7 @@ class Judge:
         self, opened: checkpoint.Opened, scenes: Sequence[world.Scene], device: str = "cpu", dtype: str = "auto",
         part: slice = slice(None), compile: bool = False,
     ):  # fmt: skip
-        """part: which of the scenes are judged, each with the noise that it has among all. compile: transformers."""
+        """part: the scenes that are judged, with the noise that they have among all; compile: the transformers."""
         every = list(scenes)
         self.opened, self.scenes, self.device = opened, every[part], device
         self.count, self.part, self.compile = len(every), part, compile
@@ -193,7 +193,7 @@ def figures(judge: Judge, network: nn.Module, seed: int, **settings: float) -> I
 def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
     """A Markdown table: the model without its LoRA, with it, and with history guidance too; a judge for each seed."""
     vae, batches = judges[0].vae, (clips for judge in judges for clips in judge.truth.split(judge.few))
-    kept = torch.cat([psnr(vae.decode(vae.encode(clips)), clips) for clips in batches]).mean()
+    rebuilt = torch.cat([psnr(vae.decode(vae.encode(clips)), clips) for clips in batches]).mean()
     base, pusa = judges[0].transformer(), judges[0].transformer(change)
     columns = ((base, {}), (pusa, {}), (pusa, {"history_guidance": history}))
     progress, rows = cli.Progress(len(columns) * len(judges), "evaluating"), {}
@@ -212,7 +212,7 @@ def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
             told = " / ".join(f"{a:.1f} ± {b:.1f}" for a, b in zip(mean, std, strict=True))
             rows.setdefault(what, []).append(told)
     head = ["what | unit", "LoRA off", "with the LoRA", f"and history guidance {history:g}"]
-    lines = [head, ["---"] * 5, ["VAE: reconstruction (PSNR) | dB", f"{kept:.1f}", "the same", "the same"]]
+    lines = [head, ["---"] * 5, ["VAE: reconstruction (PSNR) | dB", f"{rebuilt:.1f}", "the same", "the same"]]
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *([what, *told] for what, told in rows.items())])
 
 

@@ -1,6 +1,6 @@
 """What the files of a model hold: tensors, and the sizes of its parts.
 
-Of tensors there are names and shapes first, and each one is read when it is asked for; code in a file never runs.
+Names and shapes of tensors come first; a tensor is read when it is asked for, and code in a file never runs.
 
 Sizes have the names of the fields of `model.WanConfig`, `vae.VAEConfig` and `text.T5Config`; a -Diffusers folder calls
 them otherwise. The original layout has no config for VAE and text encoder, and ComfyUI's files have none at all; there,

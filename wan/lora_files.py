@@ -174,15 +174,15 @@ def usual_strength(path: Path | str, expert: str = "") -> float:
 
 
 def with_strengths(entries: Sequence[str], own: Path, strength: float, swept: float | None = None) -> tuple[str, ...]:
-    """[high=|low=]PATH:STRENGTH of each LoRA. Without a strength, the model's `own` file has this, others the usual.
+    """[high=|low=]PATH:STRENGTH of each LoRA, of which some have no strength yet: `own` gets this, others the usual.
 
-    swept: the strength of all of those instead. ValueError if there are none.
+    own: the file of the model's folder. swept: what all of those get instead; ValueError if there are none.
     """
     found = []
     for entry in entries:
-        expert, path, given = parse_entry(entry)
+        expert, path, stated = parse_entry(entry)
         is_own = existing(path) and own.exists() and own.samefile(path)
-        if given is None:
+        if stated is None:
             usual = strength if is_own else usual_strength(path, expert)
             entry = f"{entry}:{usual if swept is None else swept:.15g}"
         found.append(entry)
