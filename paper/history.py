@@ -52,7 +52,7 @@ def rows(lab: Lab) -> list[Row]:
     for task in TASKS:
         plain, found = f"{task} 3 1", [best(lab, task, count) for count in (2, 3)]
         told = [f"{lab.told(f'{task} {a} {b}')} with weights {a}, {b}" for a, b in found]
-        better = lab.middle(plain) - lab.middle("{} {} {}".format(task, *found[0])) > 2 * lab.spread(plain)
+        better = lab.below("{} {} {}".format(task, *found[0]), plain)
         ours = f"{lab.told(plain)} by the prompt alone; two passes: {told[0]}; three: {told[1]}"
         lines.append(Row(f"history guidance helps {task}", "", ours, better))
     return lines

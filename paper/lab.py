@@ -11,7 +11,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -80,6 +80,7 @@ class Lab:
     def __init__(self, config: Config, claim: str):
         self.config, self.claim, self.device = config, claim, cli.pick_device(config.device)
         self.opened = checkpoint.open(config.model, Wan)
+        self.opened.preset = replace(self.opened.preset, history_guidance=1.0)  # which the paper does not know
         self.scenes, self.seeds = (4, (0,)) if config.quick else (config.scenes, (0, 1, 2))
         self.seed, self.parts = 0, 1 if claim in WHOLE else len(self.seeds)  # of the figure that is being measured
         self.path = Path(config.results) / f"{claim}.json"

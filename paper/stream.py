@@ -160,10 +160,9 @@ def rows(lab: Lab) -> list[Row]:
     lines = []
     for kind, name in KINDS.items():
         old, new = f"windows: {kind} at 30 s", f"{best}: {kind} at 30 s"
-        gain = lab.middle(new, False) - lab.middle(old, False)
-        gain = gain if kind in ("colours", "shapes", "sizes") else -gain
-        unit = "%" if kind in ("colours", "shapes", "sizes") else ""
-        ours = f"{best}: {lab.told(new, unit, False)}; windows: {lab.told(old, unit, False)}"
-        holds = gain > 2 * max(lab.spread(old, False), lab.spread(new, False))
+        share = kind in ("colours", "shapes", "sizes")  # of which more is better
+        told = [lab.told(figure, "%" if share else "", False).strip() for figure in (new, old)]
+        holds = lab.below(*((old, new) if share else (new, old)), median=False)
+        ours = f"{best}: {told[0]}; windows: {told[1]}"
         lines.append(Row(f"a stream that remembers drifts less: {name} after 30 s", "", ours, holds))
     return lines

@@ -52,6 +52,12 @@ def test_a_figure_that_another_claim_has_measured_is_copied_and_not_measured_aga
     assert other._of_another("zero_shot", "i2v, seed-0: error") == [], "of other scenes"
 
 
+def test_the_claims_know_no_history_guidance_whatever_the_model_is_sampled_with(config, monkeypatch):
+    monkeypatch.setattr(lab.checkpoint.Opened, "preset", lab.checkpoint.Preset(history_guidance=3.0, steps=7))
+    bench = lab.Lab(config, "vector")
+    assert (bench.opened.preset.history_guidance, bench.opened.preset.steps) == (1.0, 7)
+
+
 def flags(config: lab.Config) -> list[str]:
     return [f"--{name}={getattr(config, name)}" for name in ("work", "results", "docs", "readme", "commit")]
 
