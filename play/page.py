@@ -25,8 +25,8 @@ GUIDE = {  # what each step shows, and what it sets: the task, the LoRA (1) or n
                              "model was trained so, and the prompt alone decides what comes.", "t2v", 1, 0.0),
     "2 · Clamp the first frame": ("The first frame is given: its m is 0, its column stays clean. But the base model "
                                   "never saw unequal levels, and what follows ignores the picture.", "i2v", 0, 0.0),
-    "3 · The same with the LoRA": ("Same picture, same noise. The LoRA was trained with a level of its own for every "
-                                   "frame: now the video goes on from the picture.", "i2v", 1, 0.0),
+    "3 · The same with the LoRA": ("Same picture, same noise. The LoRA was trained with frames at unequal levels: now "
+                                   "the video goes on from the picture.", "i2v", 1, 0.0),
     "4 · A schedule of your own": ("Frames begin one after another: see the staircase. Now change any m or d in the "
                                    "table, or drop a picture on a frame, and press Run.", "i2v", 1, 0.6),
 }  # fmt: skip
