@@ -20,7 +20,7 @@ from toy import world
 from toy.judge import DETERMINED, centroid_errors, psnr
 
 TASKS, ENDS = ("start-end", "loop"), ("group", "lone")
-FIGURES = {"kept": "last frame, dB", "flash": "brightness at the end, 0 to 255", "error": "middle, px"}
+FIGURES = {"kept": "last frame, dB", "flash": "brightness off at the end,\nof 255", "error": "error in the middle, px"}
 
 
 def measure(lab: Lab) -> None:
@@ -47,15 +47,17 @@ def _judged(lab: Lab, network: Callable[[], Wan], task: str, end: str, seed: int
 
 
 def draw(lab: Lab, path: Path) -> None:
-    with page(path, "An end image encoded in a group, or alone", (1,) * len(FIGURES)) as panels:
+    kept = [lab.below(f"{task}, lone: kept", f"{task}, group: kept") for task in TASKS]
+    title = f"An end image {'is' if all(kept) else 'is not always'} kept better in a group of still frames than alone"
+    cases = [f"{task}, {end}" for task in TASKS for end in ENDS]
+    with page(path, title, (1,) * len(FIGURES), 2.6) as panels:
         for axes, (figure, label) in zip(panels, FIGURES.items(), strict=True):
-            names = [f"{task}, {end}: {figure}" for task in TASKS for end in ENDS]
-            names = [name for name in names if name in lab.figures]
-            middles, spreads = ([told(name) for name in names] for told in (lab.middle, lab.spread))
-            axes.barh(range(len(names)), middles, xerr=spreads, color=plots.COLOURS[0])
-            axes.set_yticks(range(len(names)), [name.partition(":")[0] for name in names])
-            axes.invert_yaxis()
-            axes.set_xlabel(label)
+            for row, case in enumerate(cases):
+                if (name := f"{case}: {figure}") in lab.figures:
+                    colour = plots.COLOURS[row % len(ENDS)]
+                    axes.barh(row, lab.middle(name), xerr=lab.spread(name), color=colour)
+            axes.set_yticks(range(len(cases)), cases if axes is panels[0] else [])
+            axes.set(ylim=(len(cases) - 0.5, -0.5), xlabel=label)
 
 
 def rows(lab: Lab) -> list[Row]:

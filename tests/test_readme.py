@@ -30,7 +30,7 @@ import flow
 import sample
 import tasks
 import train
-from paper import lab, vbench
+from paper import end_latent, history, lab, vbench
 from play.__main__ import PlayConfig
 from support import cli, dataset, records, report
 from toy import grow, judge, world
@@ -349,6 +349,21 @@ def test_the_table_of_claims_is_that_of_the_report():
     if waiting:
         told += [""] * bool(told) + [f"Not run yet, or not to the end: {', '.join(f'`{name}`' for name in waiting)}."]
     assert block == told, "`python -m paper` writes both"
+
+
+def test_the_tables_of_history_guidance_and_end_images_are_those_of_their_claims():
+    def told(bench, name, unit="", digits=1):
+        return f"{bench.middle(name):.{digits}f} ± {bench.spread(name):.{digits}f}{unit}"
+
+    bench = lab.Lab(lab.Config(), "history")
+    for weights in history.WEIGHTS:
+        errors = " | ".join(told(bench, f"{task} {{}} {{}}".format(*weights), " px") for task in history.TASKS)
+        assert "| {}, {} | {} | {} |".format(*weights, sample.passes_a_step(*weights), errors) in README
+    bench = lab.Lab(lab.Config(), "end_latent")
+    for end in end_latent.ENDS:
+        kept, flash, error = (f"start-end, {end}: {figure}" for figure in end_latent.FIGURES)
+        row = f"| `{end}` | {told(bench, kept, ' dB')} | {told(bench, flash, digits=2)} | {told(bench, error, ' px')} |"
+        assert row in README
 
 
 def test_captions_in_commands_are_those_of_the_toy_world():
