@@ -214,8 +214,10 @@ def test_without_out_a_run_takes_the_next_folder_and_goes_on_in_the_last(tmp_pat
         assert str(third.out)[-3:] == "002" and str(fourth.out)[-3:] == "003"
     with _claimed(None, resume=True) as last:
         assert last.out == third.out, "the folder of the fourth, which wrote nothing, is gone"
-    with monkeypatch.context() as patch:  # another run is just as fast
-        patch.setattr(resume, "_last", lambda: 1)
+    glob = Path.glob
+    with monkeypatch.context() as patch:  # another run is just as fast: its folder was not there a moment ago
+        first = lambda self, name: [Path("pusa-001")] if name.startswith("pusa-") else glob(self, name)  # noqa: E731
+        patch.setattr(Path, "glob", first)
         with _claimed(None) as late:
             assert str(late.out)[-3:] == "003"
 
