@@ -30,9 +30,10 @@ HEAD = ["claim", "the paper", "here", "holds"]
 PAGE = """# The paper, claim by claim
 
 `python -m paper` writes this page from `paper/results/`; `python -m paper.vbench`, for the published weights, is apart.
-A figure is the median over the scenes (the mean for shares of clips, scores, diversity and streams), averaged over the
-seeds, ± its standard deviation over them. What is compared has the same scenes and noise. When a claim holds is in its
-file, under `rows`; most ask for a gap of more than twice the gap's own deviation over the seeds.
+Each of the seeds makes its share of the scenes. A figure is the median over these (the mean for shares of clips,
+scores, diversity and streams), averaged over the seeds, ± its standard deviation over them, of scenes and noise alike.
+What is compared has the same scenes and noise. When a claim holds is in its file, under `rows`: most ask that it would
+if the scenes were drawn anew (a paired bootstrap, two-sided, at 5 %); else it cannot be told.
 """
 Line = list[str]  # a row of a table, as long as its head
 
@@ -86,8 +87,7 @@ def report(config: lab.Config) -> None:
         page += found or [f"{told[name][0][2].capitalize()}."]
         if bench.figures:
             seeds, commits = max(map(len, bench.figures.values())), ", ".join(commit[:12] for commit in bench.commits)
-            made = "all scenes" if bench.parts == 1 else f"one in {bench.parts}"
-            page += ["", f"{bench.scenes} scenes, {seeds} seeds: {made} by each seed; measured at {commits}."]
+            page += ["", f"{bench.scenes} scenes, shared out to {seeds} seeds; measured at {commits}."]
     with cli.replacing(Path(config.docs) / "reproduction.md") as path:
         path.write_text("\n".join(page) + "\n", encoding="utf-8")
     measured = [name for name in CLAIMS if told[name][0][-1]]  # to the end: only then there is a verdict

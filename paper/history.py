@@ -21,7 +21,7 @@ WEIGHTS = ((1, 1), (3, 1), (1, 2), (1, 3), (1, 5), (2, 2), (3, 3), (2, 3), (3, 2
 
 
 def measure(lab: Lab) -> None:
-    pusa = lab.embedded()
+    pusa = lab.network("embedded")
     for prompt, history in WEIGHTS:
         for task in TASKS:
             measured = partial(lab.error, pusa, task, guidance=float(prompt), history_guidance=float(history))

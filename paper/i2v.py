@@ -96,11 +96,13 @@ def finetuned(lab: Lab, steps: int = BUDGETS[-1]) -> ImageToVideo:
     """The finetune of so many steps, to be sampled."""
     network = widened(lab.opened.transformer(torch.float32, lab.device))
     network.load_state_dict(load_file(weights(lab, steps), device=lab.device))
+    if lab.config.compile:
+        network.compile_blocks()
     return ImageToVideo(network.to(lab.judge.dtype)).requires_grad_(False)
 
 
 def weights(lab: Lab, steps: int = BUDGETS[-1]) -> Path:
-    """The file of the finetune's weights after a training of so many steps: `model.Wan`'s names, bf16.
+    """The file of the finetune's weights after a training of so many steps: `model.Wan`'s names, fp32.
 
     Each budget is a training of its own, as the learning rate comes down at the end. Its first steps are not those of
     a longer one, but all see the same clips, noise and levels, which follow from the step alone.
@@ -110,12 +112,12 @@ def weights(lab: Lab, steps: int = BUDGETS[-1]) -> Path:
         if not file.exists():
             rate, count = learning_rate(lab), 2 if lab.config.quick else steps
             network, seconds = _trained(lab, count, rate, file.with_suffix(".pt"))
-            halved = {name: tensor.detach().bfloat16().cpu() for name, tensor in network.state_dict().items()}
-            if not all(tensor.isfinite().all() for tensor in halved.values()):
+            trained = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+            if not all(tensor.isfinite().all() for tensor in trained.values()):
                 raise ValueError(f"the image-to-video finetune of {steps} steps diverged; lower its learning rates")
             facts = {"steps": str(count), "learning rate": f"{rate:g}", "seconds": f"{seconds:.1f}"}
             with cli.replacing(file) as path:
-                save_file(halved, path, facts)
+                save_file(trained, path, facts)
             file.with_suffix(".pt").unlink(missing_ok=True)
     return file
 
@@ -142,7 +144,9 @@ def learning_rate(lab: Lab) -> float:
 @lru_cache(maxsize=2)
 def _clips(lab: Lab, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The training clips, on the device: latents (n, 16, F, H, W), captions (n, T, text_dim), and the empty caption."""
-    config = train.TrainConfig(data=lab.config.work, model=lab.config.model, device=lab.device)
+    config = train.TrainConfig(
+        data=lab.config.work, model=lab.config.model, device=lab.device, dtype=lab.config.dtype
+    )
     data = lab.training_data(lab.opened, train.checked(config, lab.opened), None)
     rows = data.validation if held_out else data.training[0]
     return data.latents[rows].to(lab.device), data.context([data.prompts[i] for i in rows]), data.context([""])

@@ -9,13 +9,14 @@ import json
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-# In these claims every seed makes all scenes. In the others, which compare many settings, each makes a third of them.
-WHOLE = "zero_shot", "preservation"
 STEPS, BATCH, RANK = 800, 32, 32  # of a LoRA, unless its name below says otherwise
 BUDGETS = (12, 25, 50, 100, 200, 400, 800, 1600)  # optimizer steps
 # Every LoRA that a claim asks for, by its name, and how its training differs from `train.py`'s defaults.
@@ -61,7 +60,7 @@ class Config:
     only: str | None = cli.option(None, "with `train`: the names of the trainings, as in rank-4,rank-128")
     commit: str | None = cli.option(None, "name of this state of the code, for the results (default: git's)")
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
-    dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
+    dtype: str = cli.option("float32", "type to compute in", choices=("float32", "bfloat16"))
     compile: bool = cli.option(False, "compile the networks: slow to start, then faster (needs a C++ compiler)")
 
 
@@ -82,28 +81,38 @@ class Lab:
         self.opened = checkpoint.open(config.model, Wan)
         self.opened.preset = replace(self.opened.preset, history_guidance=1.0)  # which the paper does not know
         self.scenes, self.seeds = (4, (0,)) if config.quick else (config.scenes, (0, 1, 2))
-        self.seed, self.parts = 0, 1 if claim in WHOLE else len(self.seeds)  # of the figure that is being measured
+        self.seed = 0  # of the figure that is being measured
         self.path = Path(config.results) / f"{claim}.json"
         self.network = lru_cache(maxsize=4)(self._network)  # figures ask for the same ones again
         self.judge_of, self.latents_of = lru_cache(self._judge_of), lru_cache(maxsize=3)(self._latents_of)
-        record = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        if (record.get("scenes"), record.get("parts")) != (self.scenes, self.parts):
-            record = {}
+        preset = self.opened.preset
+        self.terms = {  # on which figures can be compared
+            "scenes": self.scenes, "seeds": list(self.seeds), "model": config.model, "dtype": config.dtype,
+            "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
+        }  # fmt: skip
+        record = self._record(self.path)
         self.commits: list[str] = record.get("commits", [])  # those whose code has measured, in their order
         self.figures: dict[str, list[list[float]]] = record.get("figures", {})  # by seed, the value of every scene
+
+    def _record(self, path: Path) -> dict:
+        """What has been measured into a file, if it is there; ValueError if that was on other terms."""
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.terms
+        for term, ours in self.terms.items():
+            got = f"{term} {ours} for {path}, which was measured with {record.get(term)}"
+            cli.expect(record.get(term) == ours, got, "the same, or another folder for --results")
+        return record
 
     @property
     def judge(self) -> Judge:
         """Scenes that neither training nor any choice of settings has seen, three in four with one shape.
 
-        While a figure is measured they are those of its seed.
+        While a figure is measured they are those of its seed: each seed makes its share of all.
         """
-        return self.judge_of(self.seed % self.parts)
+        return self.judge_of(self.seed)
 
-    def _judge_of(self, part: int) -> Judge:
-        scenes = unseen_scenes(self.scenes, seed=100)
-        part = slice(part, None, self.parts)
-        return Judge(self.opened, scenes, self.device, self.config.dtype, part, self.config.compile)
+    def _judge_of(self, seed: int) -> Judge:
+        scenes, share = unseen_scenes(self.scenes, seed=100), slice(seed, None, len(self.seeds))
+        return Judge(self.opened, scenes, self.device, self.config.dtype, share, self.config.compile)
 
     def few(self, values: Sequence[T]) -> Sequence[T]:
         """The values, of which a quick pass takes only the first and the last."""
@@ -140,23 +149,21 @@ class Lab:
         """The embedded base with a LoRA of `TRAININGS` merged."""
         return self.judge.transformer(self.lora(name), strength)
 
-    def embedded(self) -> Wan:
-        """The embedded model with its own LoRA, at the strength that is its default."""
-        return self.judge.transformer(Path(self.config.model) / "lora.safetensors")
-
     def _network(self, name: str, strength: float = 1.0) -> Wan:
-        """The embedded base, which is named "base", or the base with a LoRA of `TRAININGS`; not to be changed."""
+        """The embedded base with a LoRA of `TRAININGS`, or alone ("base"), or as it is used ("embedded": with its own
+        LoRA at its own strength); not to be changed."""
+        if name == "embedded":
+            return self.judge.transformer(Path(self.config.model) / "lora.safetensors")
         return self.judge.transformer() if name == "base" else self.pusa(name, strength)
 
     @property
     def latents(self) -> Tensor:
         """The latents of the judge's true clips, (scenes, 16, F, H, W)."""
-        return self.latents_of(self.seed % self.parts)
+        return self.latents_of(self.seed)
 
-    @torch.no_grad()
-    def _latents_of(self, part: int) -> Tensor:
-        judge = self.judge_of(part)
-        return torch.cat([judge.vae.encode(clips).float() for clips in judge.truth.split(judge.few)])
+    def _latents_of(self, seed: int) -> Tensor:
+        judge = self.judge_of(seed)
+        return judge.encode(judge.truth)
 
     @torch.no_grad()
     def velocity(self, network: nn.Module, tau: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -195,24 +202,17 @@ class Lab:
 
     def _of_another(self, claim: str, name: str) -> list[list[float]]:
         """The figure of another claim, as far as it has been measured on these scenes; its commits become ours, too."""
-        path = self.path.with_name(f"{claim}.json")
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if record.get("scenes") != self.scenes or record["parts"] > self.parts or name not in record["figures"]:
+        record = self._record(self.path.with_name(f"{claim}.json"))
+        if name not in record.get("figures", {}):
             return []
         self.commits = list(dict.fromkeys([*self.commits, *record["commits"]]))
-        ours = self.parts // record["parts"]
-        return [values[seed % ours :: ours] for seed, values in enumerate(record["figures"][name])]
+        return record["figures"][name]
 
     def write(self) -> None:
         """Write what has been measured, a figure a line."""
-        preset, self.commits = self.opened.preset, list(dict.fromkeys([*self.commits, self.commit]))
-        dtype = str(cli.pick_dtype(self.config.dtype, self.device)).removeprefix("torch.")  # what "auto" came to
-        facts = {
-            "claim": self.claim, "scenes": self.scenes, "seeds": self.seeds, "parts": self.parts,
-            "commits": self.commits,
-            "torch": torch.__version__, "device": self.device, "dtype": dtype, "model": self.config.model,
-            "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
-        }  # fmt: skip
+        self.commits = list(dict.fromkeys([*self.commits, self.commit]))
+        ran = {"commits": self.commits, "torch": torch.__version__, "device": self.device}
+        facts = {"claim": self.claim, **self.terms, **ran}
         lines = [f"{json.dumps(name)}: {json.dumps(fact)}" for name, fact in facts.items()]
         figures = [f"{json.dumps(name)}: {json.dumps(values)}" for name, values in self.figures.items()]
         lines.append('"figures": {\n' + ",\n".join(figures) + "\n}")
@@ -227,11 +227,15 @@ class Lab:
         told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
         return told.stdout.strip() or "unknown"
 
-    def each(self, name: str, median: bool = True) -> list[float]:
-        """A figure for each seed: the median, or the mean, over the scenes. LookupError if a seed is missing."""
+    def values(self, name: str) -> list[list[float]]:
+        """A figure for each seed and scene. LookupError if a seed is missing."""
         if len(self.figures[name]) < len(self.seeds):
             raise LookupError(f"{name} was measured for {len(self.figures[name])} of {len(self.seeds)} seeds")
-        return [(statistics.median if median else statistics.fmean)(values) for values in self.figures[name]]
+        return self.figures[name]
+
+    def each(self, name: str, median: bool = True) -> list[float]:
+        """A figure for each seed: the median, or the mean, over the scenes."""
+        return [(statistics.median if median else statistics.fmean)(values) for values in self.values(name)]
 
     def middle(self, name: str, median: bool = True) -> float:
         """A figure over all scenes and seeds: the mean over the seeds of `each`."""
@@ -241,14 +245,26 @@ class Lab:
         """The standard deviation over the seeds of `each`."""
         return statistics.pstdev(self.each(name, median))
 
-    def below(self, a: str, b: str, median: bool = True) -> bool | None:
-        """Whether figure `a` is below `b`, by more than twice the deviation of their gaps over the seeds; else None."""
-        gaps = [high - low for low, high in zip(self.each(a, median), self.each(b, median), strict=True)]
-        gap = statistics.fmean(gaps)
-        return gap > 0 if abs(gap) > 2 * statistics.pstdev(gaps) else None
+    def below(self, a: str, b: str, median: bool = True, factor: float = 1.0) -> bool | None:
+        """Whether figure `a` is below `factor` times `b`; None if its scenes cannot tell.
+
+        A paired bootstrap: scenes are drawn anew, with replacement and with both their values, two thousand times.
+        They tell it if all but one in forty of the draws agree, which is a two-sided test at 5 %.
+        """
+        pairs = np.array([np.concatenate(self.values(name)) for name in (a, b)])
+        drawn = pairs[:, np.random.default_rng(0).integers(pairs.shape[1], size=(2000, pairs.shape[1]))]
+        low, high = (np.median if median else np.mean)(drawn, axis=2)
+        least, most = np.quantile(factor * high - low, (0.025, 0.975))
+        return True if least > 0 else False if most < 0 else None
 
     def told(self, name: str, unit: str = "px", median: bool = True) -> str:
         return f"{self.middle(name, median):.2f} ± {self.spread(name, median):.2f} {unit}"
+
+
+def every(verdicts: Iterable[bool | None]) -> bool | None:
+    """Whether all of these hold; None if none fails, but some cannot be told."""
+    known = set(verdicts)
+    return False if False in known else None if None in known else True
 
 
 @contextmanager

@@ -33,7 +33,7 @@ F = (SECONDS[-1] * world.FPS + 3) // 4 + 1
 
 
 def measure(lab: Lab) -> None:
-    network = lab.embedded()
+    network = lab.network("embedded")
     for method in METHODS:
         judged = cache(partial(drift, lab, network, method))
         for second in SECONDS:
@@ -45,18 +45,17 @@ def measure(lab: Lab) -> None:
 @torch.no_grad()
 def drift(lab: Lab, network: Wan, method: str, seed: int) -> dict[str, Tensor]:
     """Every figure of one method and seed, for each scene."""
-    judge, generator, figures = lab.judge, torch.Generator().manual_seed(seed), {}
+    judge, generator = lab.judge, torch.Generator().manual_seed(seed)
+    seconds = {second: range((second - 1) * world.FPS, second * world.FPS) for second in SECONDS}
+    made: dict[int, list[Tensor]] = {second: [] for second in SECONDS}
     for context, truth in zip(judge.context.split(judge.batch), judge.truth.split(judge.batch), strict=True):
         led = context, judge.negative.expand(len(context), -1, -1), judge.preset.guidance
-        latents = generate(lab, network, METHODS[method], truth, led, generator)
-        for part in latents.split(judge.few):
-            video = judge.vae.decode(part).float()
-            for second in SECONDS:
-                frames = range((second - 1) * world.FPS, second * world.FPS)
-                figures.setdefault(second, []).append((video[:, :, frames.start : frames.stop], frames))
+        video = judge.decode(generate(lab, network, METHODS[method], truth, led, generator))
+        for second, frames in seconds.items():
+            made[second].append(video[:, :, frames.start : frames.stop].clone())
     named = {}
-    for second, parts in figures.items():
-        clips, frames = torch.cat([clip for clip, _ in parts]), parts[0][1]
+    for second, frames in seconds.items():
+        clips = torch.cat(made[second])
         readings = world.measure(clips)
         for kind in ("colours", "shapes", "sizes"):
             named[f"{kind} at {second} s"] = right(judge.scenes, readings, kind)

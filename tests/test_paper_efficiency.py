@@ -120,17 +120,28 @@ class _Lab:
     def few(self, values):
         return values
 
-    def each(self, name):
-        return [self.errors[name]] * len(self.seeds)
+    def values(self, name):
+        return [[self.errors[name]] * 3] * len(self.seeds)
 
 
 def test_the_ratio_is_taken_at_the_lowest_error_that_both_reach():
-    falling = [8, 7, 6, 5, 4, 3, 2, 1]
-    each, goal, bound = efficiency.ratios(_Lab(falling, [9, 9, 9, 9, 9, 9, 9, 3]))
-    assert (each, goal, bound) == ([1600 / 400] * 2, 3, False), "Pusa is at 3 px after 400 steps"
-    each, goal, bound = efficiency.ratios(_Lab([9, 9, 9, 9, 9, 9, 9, 4], falling))
-    assert (each, goal, bound) == ([256 / 1600] * 2, 4, False), "here the finetune needs less"
-    assert efficiency.ratios(_Lab([2] * 8, falling[:-1] + [3]))[2], "it may have been there before its first budget"
+    falling, late = [8, 7, 6, 5, 4, 3, 2, 1], [9, 9, 9, 9, 9, 9, 9, 3]
+    found = efficiency.ratio(_Lab(falling, late))
+    assert found[:] == (4, 4, 4, 3, "") and found.more is True, "Pusa is at 3 px after 400 steps, the finetune at 1600"
+    found = efficiency.ratio(_Lab([9, 9, 9, 9, 9, 9, 9, 4], falling))
+    assert found[:] == (0.16, 0.16, 0.16, 4, "") and found.more is False, "here the finetune needs 256"
+    assert efficiency.ratio(_Lab([2] * 8, falling)).bound == "at least ", "Pusa may have been there before 12 steps"
+    assert efficiency.ratio(_Lab(falling, [2] * 8)).bound == "at most "
+    assert efficiency.ratio(_Lab([2] * 8, [2] * 8)).bound == "about "
+
+
+def test_the_ratio_tells_how_far_the_scenes_agree():
+    bench, random = _Lab([9] * 8, [9] * 8), torch.Generator().manual_seed(0)
+    falling = {name: 8 - 7 * n / 8 for way in (lab.BUDGETS, i2v.BUDGETS) for n, name in enumerate(way)}
+    errors = {name: falling[int(name.split()[-2])] + torch.randn(40, generator=random) for name in bench.errors}
+    bench.values = lambda name: [errors[name].tolist()]
+    found = efficiency.ratio(bench)
+    assert found.low < found.told < found.high and found.more is None
 
 
 class _Measured(lab.Lab):
@@ -149,9 +160,7 @@ def test_a_claim_tells_and_draws_what_it_measures(claim, model, tmp_path, monkey
     bench.judge_of = lambda part: SimpleNamespace(preset=bench.opened.preset, transformer=print, truth=None)
     claim.measure(bench)
     asked = []
-    monkeypatch.setattr(
-        _Measured, "each", lambda self, name, *more: asked.append(name) or lab.Lab.each(self, name, *more)
-    )
+    monkeypatch.setattr(_Measured, "values", lambda self, name: asked.append(name) or lab.Lab.values(self, name))
     assert all(row.claim and row.ours for row in claim.rows(bench))
     claim.draw(bench, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -40,8 +40,8 @@ class Judge:
         every = list(scenes)
         self.opened, self.scenes, self.device = opened, every[part], device
         self.count, self.part, self.compile = len(every), part, compile
-        # Clips at a time, of the transformer and of the VAE, where more would not stay in a CPU's cache.
-        self.batch, self.few = (256, 256) if device.startswith("cuda") else (32, 2)
+        # Clips at a time, of the transformer and of the VAE: more would not stay in a CPU's cache.
+        self.batch, self.vae_batch = (256, 256) if device.startswith("cuda") else (32, 2)
         self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype(dtype, device)
         with torch.device(device):
             self.truth = torch.stack([world.render(scene) for scene in self.scenes])
@@ -92,8 +92,17 @@ class Judge:
         plan: tasks.Plan | None = None, **settings: float,
     ) -> Tensor:  # fmt: skip
         """The clips (B, 3, N, 64, 64) of `latents`, in [-1, 1]."""
-        latents = self.latents(network, task, seed, taus, plan, **settings)
-        return torch.cat([self.vae.decode(part).float() for part in latents.split(self.few)])
+        return self.decode(self.latents(network, task, seed, taus, plan, **settings))
+
+    @torch.no_grad()
+    def encode(self, clips: Tensor) -> Tensor:
+        """Latents (B, 16, F, H, W), fp32, of clips (B, 3, N, 8H, 8W) in [-1, 1]."""
+        return torch.cat([self.vae.encode(part).float() for part in clips.split(self.vae_batch)])
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips (B, 3, N, 8H, 8W) in [-1, 1], fp32, of latents (B, 16, F, H, W)."""
+        return torch.cat([self.vae.decode(part).float() for part in latents.split(self.vae_batch)])
 
     @staticmethod
     def plan(task: str) -> tasks.Plan:
@@ -189,11 +198,9 @@ def figures(judge: Judge, network: nn.Module, seed: int, **settings: float) -> I
             yield f"{task.replace('i2v', 'I2V')}: median centroid error {where}", "px", errors
 
 
-@torch.no_grad()
 def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
     """A Markdown table: the model without its LoRA, with it, and with history guidance too; a judge for each seed."""
-    vae, batches = judges[0].vae, (clips for judge in judges for clips in judge.truth.split(judge.few))
-    rebuilt = torch.cat([psnr(vae.decode(vae.encode(clips)), clips) for clips in batches]).mean()
+    rebuilt = torch.cat([psnr(judge.decode(judge.encode(judge.truth)), judge.truth) for judge in judges]).mean()
     base, pusa = judges[0].transformer(), judges[0].transformer(change)
     columns = ((base, {}), (pusa, {}), (pusa, {"history_guidance": history}))
     progress, rows = cli.Progress(len(columns) * len(judges), "evaluating"), {}
