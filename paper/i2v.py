@@ -48,7 +48,7 @@ def told(x0: Tensor, given: list[int]) -> Tensor:
 
 
 class ImageToVideo(nn.Module):
-    """A network of 36 input channels that is sampled as one of 16; `Judge.latents` tells it the conditions."""
+    """A network of 36 input channels that is sampled as one of 16; `Judge.videos` tells it the conditions."""
 
     def __init__(self, network: Wan):
         super().__init__()

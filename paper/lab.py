@@ -181,7 +181,7 @@ class Lab:
     def error(self, network: nn.Module, task: str, seed: int, **settings: float | Tensor | None) -> Tensor:
         """For each scene, the mean distance in pixels of its shapes from where the conditions say they must be.
 
-        settings: those of `Judge.latents`.
+        settings: those of `Judge.videos`.
         """
         readings = world.measure(self.judge.videos(network, task, seed, **settings))
         return centroid_errors(self.judge.scenes, readings, DETERMINED[task]).mean(1)

@@ -280,7 +280,8 @@ def write_video(path: Path | str, video: Tensor | Iterable[Tensor], fps: float, 
 def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: Fraction, sound: Sound | None) -> None:
     """Frames (H, W, 3) of 0..255 as H.264, and a clip's sound, if it has any, as AAC."""
     # PyAV: imageio has no setting for colours, equal bytes, sound. With the index in front, browsers start at once.
-    with av.open(str(path.resolve()), "w", options={"movflags": "faststart"}) as file:
+    # Sound is written first: without a limit (0), packets wait until players can read both streams side by side.
+    with av.open(str(path.resolve()), "w", options={"movflags": "faststart", "max_interleave_delta": "0"}) as file:
         first = next(frames)
         height, width = first.shape[:2]
         stream = file.add_stream("libx264", fps)
@@ -291,34 +292,24 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: Fraction, sound: S
         # Untagged, players guess the colour matrix from the size. BT.601 is FFmpeg's 6 and swscale's 5, video range 1.
         context.colorspace, context.color_range = 6, 1
         exact = {"format": "yuv420p", "dst_colorspace": 5, "dst_color_range": 1, "interpolation": _SWSCALE}
-        heard = _written_sound(file, sound)
-        until, _ = next(heard, (None, []))
-        for number, pixels in enumerate(chain([first], frames), 1):
+        if sound is not None:
+            _write_sound(file, sound)
+        for pixels in chain([first], frames):
             even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             file.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24").reformat(**exact)))
-            while until is not None and until < number / fps:  # as players read both side by side
-                until, packets = next(heard, (None, []))
-                file.mux(packets)
         file.mux(stream.encode())
-        for _, packets in heard:
-            file.mux(packets)
 
 
-def _written_sound(
-    file: av.container.OutputContainer, sound: Sound | None
-) -> Iterator[tuple[Fraction, list[av.Packet]]]:
-    """(end in seconds, packets) of each piece of a sound; the first is empty, and makes the stream."""
-    if sound is None:
-        return
+def _write_sound(file: av.container.OutputContainer, sound: Sound) -> None:
+    """A clip's sound as AAC, if it has any."""
     with av.open(str(Path(sound.clip).resolve()), metadata_errors="ignore") as clip:
         if not clip.streams.audio:
             return
         stream, done = file.add_stream("aac", rate=_HERTZ, layout="stereo"), 0
-        yield Fraction(0), []
         for piece in _pieces(clip, sound):
             piece.pts, piece.time_base, done = done, Fraction(1, _HERTZ), done + piece.samples
-            yield Fraction(done, _HERTZ), stream.encode(piece)
-        yield Fraction(done, _HERTZ), stream.encode(None)
+            file.mux(stream.encode(piece))
+        file.mux(stream.encode(None))
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: Fraction) -> None:

@@ -122,8 +122,7 @@ def write_model(folder: Path) -> Path:
         vae.conv1.weight[:16].mul_(8)
         vae.decoder.head[2].weight.mul_(2)
     parts = {"transformer": transformer, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer}
-    checkpoint.save_pipeline(folder, parts, PRESET.shift)
-    checkpoint.save_preset(folder, PRESET)
+    checkpoint.save_pipeline(folder, parts, PRESET)
     lora.save(folder / "lora.safetensors", random_lora(transformer, seed=1), base="small")
     return folder
 

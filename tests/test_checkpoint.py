@@ -26,7 +26,7 @@ import lora
 from model import Wan, WanConfig
 from support import cli
 from wan import checkpoint
-from wan.checkpoint import Preset, save_pipeline, save_preset
+from wan.checkpoint import Preset, save_pipeline
 from wan.names import TEXT_NAMES, TRANSFORMER_NAMES, rename, vae_names
 from wan.text import T5Config, UMT5Encoder, tokenizer_files, train_tokenizer
 from wan.vae import VAEConfig, WanVAE
@@ -92,7 +92,7 @@ def parts():
 def small(tmp_path_factory):
     """A folder with a whole small pipeline, and what was written there. Tests only read it."""
     folder, written = tmp_path_factory.mktemp("small") / "model", parts()
-    save_pipeline(folder, written, shift=3.0)
+    save_pipeline(folder, written)
     return SimpleNamespace(folder=folder, **written)
 
 
@@ -477,7 +477,8 @@ def test_one_transformer_has_no_low_expert(copied, original):
 @torch.no_grad()
 def test_two_experts_are_written_as_diffusers_has_them(small, other, tmp_path):
     written = {part: getattr(small, part) for part in ("transformer", "vae", "text_encoder", "tokenizer")}
-    save_pipeline(tmp_path, written | {"transformer_2": other}, 3.0, boundary=0.8)
+    save_pipeline(tmp_path, written | {"transformer_2": other}, Preset(shift=3.0, boundary=0.8))
+    (tmp_path / "sampling.json").unlink()  # which the others do not know
     loaded, pipe = load_pipeline(tmp_path), WanPipeline.from_pretrained(tmp_path)
     equal(loaded.transformer, small.transformer)
     equal(loaded.transformer_2, other)
@@ -517,7 +518,7 @@ def test_other_parts_are_beside_a_single_file(small, single, tmp_path):
     command = f"`hf download Wan-AI/Wan2.1-T2V-1.3B Wan2.1_VAE.pth --local-dir {tmp_path.as_posix()}`"
     assert command in str(error.value)
     write_beside(tmp_path, small)
-    save_preset(tmp_path, Preset(steps=7))
+    save_pipeline(tmp_path, {}, Preset(steps=7))
     loaded = load_pipeline(path)
     equal(loaded.vae, small.vae)
     equal(loaded.text_encoder, small.text_encoder)
@@ -916,7 +917,7 @@ def test_an_index_of_shards_that_is_none(original, where):
 def test_a_preset_comes_back_and_what_it_leaves_out_is_published(tmp_path):
     assert opened(tmp_path).preset == Preset(size=(832, 480), frames=81, fps=16.0, steps=30, shift=5.0, guidance=3.0)
     preset = Preset(size=(64, 64), frames=33, noise=0.0, negative_prompt="")
-    save_preset(tmp_path, preset)
+    save_pipeline(tmp_path, {}, preset)
     assert opened(tmp_path).preset == preset
     (tmp_path / "sampling.json").write_text(json.dumps({"steps": 4}))
     assert opened(tmp_path).preset == Preset(steps=4)

@@ -772,7 +772,7 @@ def pusa(model, tmp_path):
 def test_a_lora_without_a_strength_gets_the_usual_one(run, model, two, pusa, tmp_path):
     """Its own for the model's, what Pusa publishes for Pusa's files, and 1 for others, whatever the preset."""
     folder = shutil.copytree(two, tmp_path / "own")
-    checkpoint.save_preset(folder, dataclasses.replace(_open(two).preset, strength=1.7))
+    checkpoint.save_pipeline(folder, {}, dataclasses.replace(_open(two).preset, strength=1.7))
     other = tmp_path / "other.safetensors"
     lora.save(other, random_lora(_open(model).transformer(), seed=3))
     names = [str(folder / "lora.safetensors"), f"high={pusa}", f"low={pusa}", str(pusa), str(other), f"{other}:0.3"]
@@ -991,7 +991,7 @@ def test_each_expert_takes_its_own_guidance_and_loras(run, two, model, calls, tm
 def test_guidance_of_the_experts_comes_from_the_preset_or_is_one_for_both(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "guided")
     preset = dataclasses.replace(_open(folder).preset, guidance=4.0, guidance_2=3.0, boundary=0.5)
-    checkpoint.save_preset(folder, preset)
+    checkpoint.save_pipeline(folder, {}, preset)
 
     def guidances(**flags):
         config, _ = sample.prepare(SampleConfig(task="t2v", model=str(folder), **flags))

@@ -153,10 +153,11 @@ def test_given_frames_are_kept_and_the_rest_follows_from_them(name, given, judge
 def test_conditions_are_those_that_a_user_has():
     """What the judge gives to each task is the true clip at the conditions' places, and nothing of the rest."""
     bench = judge.Judge(checkpoint.open(MODEL, Wan), SCENES[:1])
+    bench.decode = lambda latents: latents
     still = lambda z, tau, keys: torch.full_like(z, torch.nan)  # noqa: E731  what is not given becomes NaN
     for name in judge.DETERMINED:
         still.prompt_keys = lambda context: None
-        latents = bench.latents(still, name)
+        latents = bench.videos(still, name)
         given = [position for slot in bench.plan(name).given for position in slot.positions]
         assert torch.equal(~latents.isnan().all((0, 1, 3, 4)), torch.isin(torch.arange(9), torch.tensor(given))), name
 

@@ -567,8 +567,8 @@ def two(model, tmp_path_factory):
     folder = shutil.copytree(model, tmp_path_factory.mktemp("two") / "model")
     one, low = _open(model).transformer(), _open(model).transformer()
     low.init_weights()
-    checkpoint.save_pipeline(folder, {"transformer": one, "transformer_2": low}, boundary=0.8)
-    checkpoint.save_preset(folder, dataclasses.replace(_open(model).preset, boundary=0.8))
+    preset = dataclasses.replace(_open(model).preset, boundary=0.8)
+    checkpoint.save_pipeline(folder, {"transformer": one, "transformer_2": low}, preset)
     return folder
 
 

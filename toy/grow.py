@@ -66,9 +66,8 @@ def grow(config: TinyConfig) -> None:
     if not (seedling / "model_index.json").exists():
         tokenizer = text.train_tokenizer(scene.caption for scene in world.scenes(config.clips, seed=1, pairs=PAIRS))
         encoder = text.UMT5Encoder(dataclasses.replace(ENCODER, vocab_size=tokenizer.get_vocab_size()))
-        checkpoint.save_preset(seedling, PRESET)
         parts = {"transformer": Wan(TRANSFORMER), "text_encoder": encoder, "tokenizer": tokenizer}
-        checkpoint.save_pipeline(seedling, parts, PRESET.shift)
+        checkpoint.save_pipeline(seedling, parts, PRESET)
 
     pretraining = TrainConfig(
         data=str(work), model=str(seedling), out=str(work / "base"), full=True, from_scratch=True, p_async=0.0,
@@ -80,8 +79,7 @@ def grow(config: TinyConfig) -> None:
         grown = checkpoint.open(base, Wan)
         parts = {part: getattr(grown, part)() for part in ("transformer", "vae", "text_encoder", "tokenizer")}
         dtypes = {"transformer": torch.bfloat16, "vae": torch.bfloat16, "text_encoder": torch.float32}
-        checkpoint.save_preset(out, PRESET)
-        checkpoint.save_pipeline(out, parts, PRESET.shift, dtypes)
+        checkpoint.save_pipeline(out, parts, PRESET, dtypes)
     finetuning = TrainConfig(
         data=str(work), model=str(out), out=str(work / "lora"), two_levels=True, steps=config.lora_steps, batch=32,
         lr=1e-3, compile=config.compile, device=config.device, dtype=config.dtype,

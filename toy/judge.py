@@ -62,11 +62,11 @@ class Judge:
         return transformer.requires_grad_(False)
 
     @torch.no_grad()
-    def latents(
+    def videos(
         self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None,
         plan: tasks.Plan | None = None, **settings: float,
     ) -> Tensor:  # fmt: skip
-        """Latents (B, 16, F, H, W) of every scene by a task, which is given what it needs of the true clips.
+        """Clips (B, 3, N, 64, 64) of every scene by a task, in [-1, 1]; it is given what it needs of the true clips.
 
         taus, plan: noise levels (K+1, F) and plan in place of the task's own, with all conditions clean. settings:
         those of the preset's steps, shift, guidance and history_guidance that are to be others.
@@ -84,15 +84,7 @@ class Judge:
                 network.condition(x0, x1, given)
             led = preset.guidance, preset.history_guidance, given, x1
             made.append(flow.denoise(sample.guided_velocity(network, context, negative, *led), x0, x1, taus))
-        return torch.cat(made)
-
-    @torch.no_grad()
-    def videos(
-        self, network: nn.Module, task: str, seed: int = 0, taus: Tensor | None = None,
-        plan: tasks.Plan | None = None, **settings: float,
-    ) -> Tensor:  # fmt: skip
-        """The clips (B, 3, N, 64, 64) of `latents`, in [-1, 1]."""
-        return self.decode(self.latents(network, task, seed, taus, plan, **settings))
+        return self.decode(torch.cat(made))
 
     @torch.no_grad()
     def encode(self, clips: Tensor) -> Tensor:

@@ -447,8 +447,7 @@ class Opened:
             parts["transformer_2"] = self.transformer(expert="low")
         elif expert == "low":
             parts |= {"transformer": self.transformer(), "transformer_2": transformer}
-        save_pipeline(folder, parts, preset.shift, boundary=preset.boundary)
-        save_preset(folder, preset)
+        save_pipeline(folder, parts, preset)
 
 
 @functools.cache  # every part that is loaded asks again
@@ -546,17 +545,13 @@ _INDEX = {
 }
 
 
-def save_preset(folder: str | Path, preset: Preset) -> None:
-    """Write `sampling.json` into the folder of a model."""
-    write_json(Path(folder) / "sampling.json", asdict(preset))
-
-
 def save_pipeline(
-    folder: str | Path, parts: Mapping[str, Any], shift: float = 5.0, dtype: Mapping[str, torch.dtype] | None = None,
-    boundary: float = Preset.boundary,
+    folder: str | Path, parts: Mapping[str, Any], preset: Preset | None = None,
+    dtype: Mapping[str, torch.dtype] | None = None,
 ) -> None:  # fmt: skip
     """Write parts, by the names of `PARTS` and "tokenizer", as a -Diffusers folder; what is there of others stays.
 
+    The preset is written as `sampling.json` if there is one.
     `dtype`: which parts are stored in another type, such as `{"vae": torch.float16}`. ValueError for an unknown part.
     `model_index.json` and `scheduler/` are written only with a transformer; name both where there are two experts.
     """
@@ -564,6 +559,9 @@ def save_pipeline(
     if unknown := dtype.keys() - set(PARTS):
         raise ValueError(f"got a dtype for {sorted(unknown)}, expected one for {', '.join(PARTS)}")
     tokenizer, transformer = parts.get("tokenizer"), parts.get("transformer")
+    if preset is not None:
+        write_json(folder / "sampling.json", asdict(preset))
+    preset = preset or Preset()
     if tokenizer is not None:
         text_len = getattr(tokenizer, "text_len", None) or (transformer.config.text_len if transformer else 512)
         for name, content in text.tokenizer_files(getattr(tokenizer, "tokenizer", tokenizer), text_len).items():
@@ -577,8 +575,8 @@ def save_pipeline(
             save_file(state, path, metadata={"format": "pt"})
         write_json(folder / part / "config.json", files.to_diffusers(part, model.config))
     if transformer is not None:
-        both = {"transformer_2": _INDEX["transformer"], "boundary_ratio": boundary}
-        write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": shift})
+        both = {"transformer_2": _INDEX["transformer"], "boundary_ratio": preset.boundary}
+        write_json(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULER, "shift": preset.shift})
         write_json(folder / "model_index.json", _INDEX | (both if "transformer_2" in parts else {}))
 
 
