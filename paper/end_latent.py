@@ -24,7 +24,7 @@ FIGURES = {"kept": "last frame, dB", "flash": "brightness off at the end,\nof 25
 
 
 def measure(lab: Lab) -> None:
-    pusa = cache(lab.embedded)
+    pusa = partial(lab.network, "embedded")
     for task in TASKS:
         for end in ENDS:
             judged = cache(partial(_judged, lab, pusa, task, end))
