@@ -233,6 +233,6 @@ def test_a_stream_goes_on_from_true_frames_in_windows_and_on_a_ramp(tmp_path, mo
     assert torch.tensor([*lab.figures.values()]).isfinite().all()
     lab.seed, given = 0, lab.latents[:, :, : stream.GIVEN]
     led, network = (lab.judge.context, lab.judge.negative, 3.0), lab.network("embedded")
-    for how in stream.METHODS.values():
-        made = stream.generate(lab, network, how, lab.judge.truth, led, torch.Generator().manual_seed(0))
+    for method in stream.METHODS:
+        made = stream.generate(lab, network, method, lab.judge.truth, led, torch.Generator().manual_seed(0))
         torch.testing.assert_close(made[:, :, : stream.GIVEN], given)
