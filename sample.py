@@ -364,7 +364,8 @@ def sample(config: SampleConfig) -> dict[str, Path]:
         strength = changes.pop("lora", None)
         cell = resolve(replace(config, **changes), opened, strength)
         if not runs:  # the first cell settles what all have in common
-            config = replace(cell, lora=config.lora, guidance=config.guidance, guidance_2=config.guidance_2)
+            own = {name: getattr(config, name) for name in ("lora", "guidance", "guidance_2", "history_guidance")}
+            config = replace(cell, **own)
         runs[labels] = cell, lay_out(cell, opened.preset.frames)
     if config.dry_run:
         for labels, (cell, job) in runs.items():

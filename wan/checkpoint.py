@@ -242,11 +242,14 @@ class Opened:
         """The settings of sampling that are left to the model, by name.
 
         preset: one of `PRESETS`, which changes steps, shift and guidance alone. guidance: the user's, which is then for
-        both of two experts. `noise` is None where it is the task's own.
+        both of two experts, and for history guidance too where the model has one weight for both: they share a run of
+        the network. `noise` is None where it is the task's own.
         """
         noise = None if self.preset.noise is None else f"{self.preset.noise:g}"
         values = asdict(self.preset) | {"noise": noise or NOISE.get(self.published, {}).get(task)}
         values |= {"guidance_2": None, **PRESETS[preset][self.published]} if preset else {}
+        if self.preset.history_guidance == self.preset.guidance:
+            values["history_guidance"] = values["guidance"] if guidance is None else guidance
         if not self.two_experts:
             return values | {"boundary": None, "guidance_2": None}
         own = guidance is None and values["guidance_2"] is not None
