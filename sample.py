@@ -228,24 +228,24 @@ class Experts:
             self.loaded, self.transformer = (name, self.config.lora), transformer
         return self.transformer
 
-    def _guided(self, prompt: str, expert: str, guidance: float, given: Sequence[int], x1: Tensor) -> flow.Velocity:
+    def _guided(self, prompt: str, expert: str, guidance: float, m: Tensor | None, x1: Tensor) -> flow.Velocity:
         """The guided velocity of an expert for one clip, whose noise is x1 (1, 16, F, H, W)."""
         transformer, negative, device = self.load(expert), self.config.negative_prompt, self.config.device
         texts = [prompt] if guidance == 1 else [prompt, negative]  # no more are kept: the keys of a prompt are large
         self.keys = {t: self.keys.get(t) or transformer.prompt_keys(self.context([t]).to(device)) for t in texts}
         led = guidance, self.config.history_guidance
-        return guided_velocity(transformer, self.keys[prompt], self.keys.get(negative), *led, given, x1)
+        return guided_velocity(transformer, self.keys[prompt], self.keys.get(negative), *led, m, x1)
 
     def walk(
-        self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, given: Sequence[int] = (),
+        self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, m: Tensor | None = None,
         on_step: flow.OnStep = None,
     ) -> Tensor:  # fmt: skip
-        """From conditions x0, at the latent frames `given`, and noise x1 (B, 16, F, H, W) to latents, for B prompts."""
+        """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts; m (F,): a plan's multipliers."""
         z: list[Tensor | None] = [None] * len(prompts)
         for expert, guidance, part in legs(self.config, taus):  # one expert after the other
             for i, prompt in enumerate(prompts):
                 # A velocity with a name here would keep its transformer in memory while the next one is loaded.
-                how = prompt, expert, guidance, given, x1[i, None]
+                how = prompt, expert, guidance, m, x1[i, None]
                 if z[i] is None:
                     z[i] = flow.denoise(self._guided(*how), x0[i, None], x1[i, None], part, on_step)
                 else:
@@ -269,8 +269,7 @@ def generate(
         for plan, taus in zip(job.plans, job.taus, strict=True):
             x1 = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(config.device)
             x0 = conditions(vae, plan, inputs, x1) if made is None else carried_over(vae, made, job, x1)
-            given = [position for slot in plan.given for position in slot.positions]
-            z = experts.walk(experts.prompts[group], x0, x1, taus, given, on_step)
+            z = experts.walk(experts.prompts[group], x0, x1, taus, plan.m, on_step)
             made = z if made is None else joined(made, z, job)
         yield from made.split(1)
 
@@ -288,20 +287,21 @@ def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like:
 
 def guided_velocity(
     transformer: Wan, positive: Tensor | PromptKeys, negative: Tensor | PromptKeys | None, guidance: float,
-    history: float = 1.0, given: Sequence[int] = (), x1: Tensor | None = None,
+    history: float = 1.0, m: Tensor | None = None, x1: Tensor | None = None,
 ) -> flow.Velocity:  # fmt: skip
     """velocity(z, tau) for B prompts, led away from the negative ones, and from the video without its conditions.
 
         v = v(c, h) + (guidance - 1) · [v(c, h) - v(∅, h)] + (history - 1) · [v(c, h) - v(c, ∅)]
 
     positive, negative: the prompts c and ∅, as `prompt_keys`, or as embeddings (B, T, text_dim) whose keys are computed
-    here, once for all steps; without guidance (1) there need be no ∅. given: the latent frames of the conditions h,
-    which history guidance (arXiv 2502.06764) replaces by the noise x1 at τ = 1. Each weight that is not 1 runs the
-    model once more a step; equal ones share that run.
+    here, once for all steps; without guidance (1) there need be no ∅. m (F,): a plan's multipliers: the conditions h
+    are the latent frames with less noise than others, which history guidance (arXiv 2502.06764) replaces by the noise
+    x1 at τ = 1. Each weight that is not 1 runs the model once more a step; equal ones share that run.
     """
     prompts = (positive,) if guidance == 1 else (positive, negative)
     keys, *away_keys = (transformer.prompt_keys(p) if isinstance(p, Tensor) else p for p in prompts)
-    given, history = list(given), history if given else 1
+    given = [] if m is None else (m < m.max()).nonzero()[:, 0].tolist()
+    history = history if given else 1
 
     def freed(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
         z, tau = z.clone(), tau.clone()
@@ -422,7 +422,7 @@ def _sample_each(opened: checkpoint.Opened, config: SampleConfig, job: Job) -> d
 def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
     """The memory and time that a run would take, in words. ValueError for a LoRA that does not fit."""
     passes = records.clips_asked(config) * sum(
-        (len(part) - 1) * passes_a_step(guidance, config.history_guidance if plan.given else 1)
+        (len(part) - 1) * passes_a_step(guidance, config.history_guidance if plan.m.min() < plan.m.max() else 1)
         for plan, taus in zip(job.plans, job.taus, strict=True) for _, guidance, part in legs(config, taus)
     )  # fmt: skip
     parts = opened.outline()

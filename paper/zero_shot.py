@@ -24,7 +24,7 @@ JUDGED = {  # what is measured of each task
     **dict.fromkeys(("i2v", "start-end", "extend", "prepend", "complete", "keyframes"), ("error", "kept")),
     "loop": ("ends alike",), "t2v": ("as prompted",),
 }  # fmt: skip
-LABELS = {"complete": "complete, transition"}
+LABELS = {"complete": "complete (transition)"}
 LEAST = 28.0  # dB; the VAE alone keeps 32
 ACCURACY = 0.98  # share of the clips as prompted that T2V must keep
 

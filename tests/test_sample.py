@@ -383,11 +383,12 @@ def test_history_guidance_leads_away_from_the_video_without_its_conditions():
         ((3, 2), unprompted + 3 * (v - unprompted) + (v - unconditioned)), ((3, 3), neither + 3 * (v - neither)),
     ):  # fmt: skip
         calls.clear()
-        led = sample.guided_velocity(network, c, away, *weights, [0], x1)(z, tau)
+        led = sample.guided_velocity(network, c, away, *weights, torch.tensor([0.2, 1, 1]), x1)(z, tau)
         torch.testing.assert_close(led, expected)
         assert len(calls) == sample.passes_a_step(*weights)
-    nothing_given = sample.guided_velocity(network, c, away, 3, 3, [], x1)(z, tau)
-    torch.testing.assert_close(nothing_given, unprompted + 3 * (v - unprompted))
+    for nothing_given in (None, torch.ones(3), torch.full((3,), 0.7)):  # `restyle` has a clip, but no frame is ahead
+        led = sample.guided_velocity(network, c, away, 3, 3, nothing_given, x1)(z, tau)
+        torch.testing.assert_close(led, unprompted + 3 * (v - unprompted))
 
 
 @pytest.mark.parametrize(

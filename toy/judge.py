@@ -82,7 +82,7 @@ class Judge:
             x0 = sample.conditions(self.vae, plan, self._inputs(task, plan, truth), x1)
             if hasattr(network, "condition"):  # one that is told of the conditions in a way of its own
                 network.condition(x0, x1, given)
-            led = preset.guidance, preset.history_guidance, given, x1
+            led = preset.guidance, preset.history_guidance, plan.m, x1
             made.append(flow.denoise(sample.guided_velocity(network, context, negative, *led), x0, x1, taus))
         return self.decode(torch.cat(made))
 
