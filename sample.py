@@ -387,8 +387,8 @@ def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) ->
 
         def on_step(k: int, z: Tensor) -> None:
             progress.step()
-            if config.plot and progress.done in drawn:  # of the first window
-                states[progress.done] = z
+            if config.plot and progress.n in drawn:  # of the first window
+                states[progress.n] = z
 
         for labels, (cell, job) in sorted(runs.items(), key=lambda run: run[1][0].lora):
             experts.config = cell

@@ -184,10 +184,6 @@ class Progress(tqdm):
         )
         self.last_print_t = 0.0  # long ago: the first step is drawn
 
-    @property
-    def done(self) -> int:
-        return self.n
-
     def step(self, **figures: float) -> None:
         """Count one step; redraw the line if it is time."""
         self.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
