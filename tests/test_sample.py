@@ -989,6 +989,24 @@ def test_each_expert_takes_its_own_guidance_and_loras(run, two, model, calls, tm
     torch.testing.assert_close(low, base + 0.25 * change[1] @ change[0] + other[1] @ other[0])
 
 
+def test_guidance_is_history_guidance_too_where_the_model_has_one_weight_for_both(model, run, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "guided")
+
+    def guidances(**flags):
+        config, _ = sample.prepare(SampleConfig(task="t2v", model=str(folder), **flags))
+        return config.guidance, config.history_guidance
+
+    preset = dataclasses.replace(_open(model).preset, guidance=3.0)
+    for own, changed in ((1.0, (5, 1)), (3.0, (5, 5))):
+        checkpoint.save_pipeline(folder, {}, dataclasses.replace(preset, history_guidance=own))
+        assert guidances() == (3, own) and guidances(guidance=5.0) == changed
+        assert guidances(guidance=5.0, history_guidance=2.0) == (5, 2) and guidances(history_guidance=2.0) == (3, 2)
+    flags = ["--task", "extend", "--model", folder, "--frames", 21, "--steps", 1, "--sweep", "guidance=1,2"]
+    assert run(*flags).status == 0
+    found = {_settings(path)["history_guidance"] for path in (tmp_path / "out").rglob("*.json")}
+    assert found == {None, 1, 2}, "each cell is settled by itself, and the sheet's record leaves it to them"
+
+
 def test_guidance_of_the_experts_comes_from_the_preset_or_is_one_for_both(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "guided")
     preset = dataclasses.replace(_open(folder).preset, guidance=4.0, guidance_2=3.0, boundary=0.5)
