@@ -21,6 +21,7 @@ import sample
 import tasks
 from model import Wan
 from paper.lab import Lab, Row, page
+from support import plots
 from toy import world
 from toy.judge import centroid_errors
 
@@ -141,12 +142,14 @@ def background_error(scenes: list[world.Scene], videos: Tensor) -> Tensor:
 
 def draw(lab: Lab, path: Path) -> None:
     """Every figure over the seconds of a stream, a line for each way to make it."""
-    with page(path, "What a stream keeps, second by second", [1] * len(KINDS)) as panels:
+    kept = [lab.middle(f"{method}: shapes at 30 s", False) for method in METHODS]
+    title = "After thirty seconds of a stream, {:.0f} % of shapes are right by windows, {:.0f} % on a ramp".format(*kept)
+    with page(path, title, [1] * len(KINDS)) as panels:
         for axes, (kind, name) in zip(panels, KINDS.items(), strict=True):
-            for method in METHODS:
+            for method, colour in zip(METHODS, plots.COLOURS, strict=False):
                 names = [f"{method}: {kind} at {second} s" for second in SECONDS]
                 middles, spreads = ([told(n, False) for n in names] for told in (lab.middle, lab.spread))
-                axes.errorbar(SECONDS, middles, spreads, label=method)
+                axes.errorbar(SECONDS, middles, spreads, color=colour, label=method)
             axes.set(title=textwrap.fill(name, 14), xlabel="second", ylim=(0, None))
         axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 

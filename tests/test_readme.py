@@ -30,7 +30,7 @@ import flow
 import sample
 import tasks
 import train
-from paper import end_latent, history, lab, vbench
+from paper import end_latent, history, lab, retake, stream, vbench
 from play.__main__ import PlayConfig
 from support import cli, dataset, records, report
 from toy import grow, judge, world
@@ -351,14 +351,23 @@ def test_the_table_of_claims_is_that_of_the_report():
     assert block == told, "`python -m paper` writes both"
 
 
-def test_the_tables_of_history_guidance_and_end_images_are_those_of_their_claims():
-    def told(bench, name, unit="", digits=1):
-        return f"{bench.middle(name):.{digits}f} ± {bench.spread(name):.{digits}f}{unit}"
+def test_the_tables_of_what_is_beyond_the_paper_are_those_of_their_claims():
+    def told(bench, name, unit="", digits=1, median=True):
+        return f"{bench.middle(name, median):.{digits}f} ± {bench.spread(name, median):.{digits}f}{unit}"
 
     bench = lab.Lab(lab.Config(), "history")
     for weights in history.WEIGHTS:
         errors = " | ".join(told(bench, f"{task} {{}} {{}}".format(*weights), " px") for task in history.TASKS)
         assert "| {}, {} | {} | {} |".format(*weights, sample.passes_a_step(*weights), errors) in README
+    bench = lab.Lab(lab.Config(), "stream")
+    kinds = ("error", " px"), ("shapes", " %")
+    for second in (2, 4, 30):
+        names = [(f"{way}: {kind} at {second} s", unit) for kind, unit in kinds for way in stream.METHODS]
+        assert f"| {second} s | {' | '.join(told(bench, name, unit, median=False) for name, unit in names)} |" in README
+    bench = lab.Lab(lab.Config(), "retake")
+    for strength in retake.STRENGTHS:
+        error, likeness = (f"embedded {strength:g}: {figure}" for figure in retake.FIGURES)
+        assert f"| {strength:g} | {told(bench, error, ' px')} | {told(bench, likeness, ' dB')} |" in README
     bench = lab.Lab(lab.Config(), "end_latent")
     for end in end_latent.ENDS:
         kept, flash, error = (f"start-end, {end}: {figure}" for figure in end_latent.FIGURES)
