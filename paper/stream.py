@@ -143,7 +143,7 @@ def background_error(scenes: list[world.Scene], videos: Tensor) -> Tensor:
 def draw(lab: Lab, path: Path) -> None:
     """Every figure over the seconds of a stream, a line for each way to make it."""
     kept = [lab.middle(f"{method}: shapes at 30 s", False) for method in METHODS]
-    title = "After thirty seconds of a stream, {:.0f} % of shapes are right by windows, {:.0f} % on a ramp".format(*kept)
+    title = "After 30 s of a stream, {:.0f} % of shapes are right by windows, {:.0f} % on a ramp".format(*kept)
     with page(path, title, [1] * len(KINDS)) as panels:
         for axes, (kind, name) in zip(panels, KINDS.items(), strict=True):
             for method, colour in zip(METHODS, plots.COLOURS, strict=False):
