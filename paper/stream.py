@@ -27,8 +27,8 @@ from toy.judge import centroid_errors
 
 SECONDS = (1, 2, 4, 8, 15, 22, 30)
 METHODS = "windows", "ramp"
-KINDS = {"error": "error of position, px", "colours": "colours right, %", "shapes": "shapes right, %",
-         "sizes": "sizes right, %", "background": "error of the background, 0 to 255"}  # fmt: skip
+KINDS = {"shapes": "shapes right, %", "colours": "colours right, %", "sizes": "sizes right, %",
+         "error": "error of position, px", "background": "error of the background, 0 to 255"}  # fmt: skip
 GIVEN, WINDOW, RECENT = 4, 9, 4  # latent frames: those that are given, seen at a time, and done, of those seen
 F = (SECONDS[-1] * world.FPS + 3) // 4 + 1
 
