@@ -92,7 +92,8 @@ def parts():
 def small(tmp_path_factory):
     """A folder with a whole small pipeline, and what was written there. Tests only read it."""
     folder, written = tmp_path_factory.mktemp("small") / "model", parts()
-    save_pipeline(folder, written)
+    save_pipeline(folder, written, Preset(shift=3.0))
+    (folder / "sampling.json").unlink()  # which other programs do not write
     return SimpleNamespace(folder=folder, **written)
 
 
