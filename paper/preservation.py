@@ -8,7 +8,7 @@ beside the same with a clean first frame, where change is wanted.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ ACCURACY, DIVERSITY = 0.98, 0.9  # shares of the base's that must stay
 
 def measure(lab: Lab) -> None:
     for strength in strengths(lab):
-        measured = lru_cache(1)(partial(_text_to_video, lab, strength))
+        measured = cache(partial(_text_to_video, lab, strength))  # clips are made once and give both figures
         for n, name in enumerate(("as prompted", "diversity")):
             lab.figure(f"{name}, {strength:g}", lambda seed, n=n, measured=measured: measured(seed)[n])
     for t in lab.few(LEVELS):

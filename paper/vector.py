@@ -107,8 +107,8 @@ def draw(lab: Lab, path: Path | str) -> None:
 
 def _ratio(lab: Lab, network: str, pattern: str, t: float) -> float:
     """The loss with a clean first frame, as a share of that with all at t."""
-    some, every = (lab.middle(f"loss at {t:g}, {network}: {name}", median=False) for name in (pattern, PATTERNS[0]))
-    return some / every
+    some, all_at_t = (lab.middle(f"loss at {t:g}, {network}: {name}", median=False) for name in (pattern, PATTERNS[0]))
+    return some / all_at_t
 
 
 def scalar(lab: Lab, task: str, network: str) -> str:

@@ -40,6 +40,7 @@ def _bench(tmp_path, model, name) -> Lab:
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
 def test_a_claim_measures_within_its_budget_and_not_again(claim, tmp_path, model, monkeypatch):
     lab, calls = _bench(tmp_path, model, "claim"), []
+    lab.scenes, lab.seeds = 2, (0, 1)
 
     def perfect(judge, network, task, seed=0, taus=None, **settings):
         calls.append(task)
@@ -47,9 +48,9 @@ def test_a_claim_measures_within_its_budget_and_not_again(claim, tmp_path, model
 
     monkeypatch.setattr(Judge, "videos", perfect)
     claim.measure(lab)
-    assert len(calls) == CLAIMS[claim]
+    assert len(calls) == 2 * CLAIMS[claim]
     values = {name: torch.tensor(each) for name, each in lab.figures.items()}
-    assert all(each.shape == (1, 1) and each.isfinite().all() for each in values.values())
+    assert all(each.shape == (2, 1) and each.isfinite().all() for each in values.values())
     for name, each in values.items():
         if name.endswith(": error") or claim is schedules:
             assert each.max() < 1, "true clips have their shapes in their places"
@@ -60,7 +61,7 @@ def test_a_claim_measures_within_its_budget_and_not_again(claim, tmp_path, model
         if "diversity" in name:
             assert each.max() < 0.5, "every seed made the same clip"
     claim.measure(lab)
-    assert len(calls) == CLAIMS[claim], "what has been measured is not measured again"
+    assert len(calls) == 2 * CLAIMS[claim], "what has been measured is not measured again"
 
 
 @pytest.mark.parametrize("quick", (False, True), ids=("full", "quick"))
