@@ -152,7 +152,7 @@ def measure(videos: Tensor, least: int = 25) -> Readings:
     A pixel belongs to the nearest colour, if that is near enough. Colours with fewer than `least` pixels are not seen.
     Shape and size are those that overlap the pixels of a colour best when drawn at their centre.
     """
-    parts = [Readings(*(x.cpu() for x in _measured(part, least))) for part in videos.split(32)]  # bounds the memory
+    parts = [Readings(*(x.cpu() for x in _measured(part, least))) for part in videos.split(8)]  # more leave the cache
     return Readings(*map(torch.cat, zip(*parts, strict=True)))
 
 
