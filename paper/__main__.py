@@ -76,21 +76,20 @@ def picture(config: lab.Config, name: str) -> Path:
 
 
 def report(config: lab.Config) -> None:
-    """Write what the results of the folder say: all into the page, the first line of what was run into the README."""
+    """Write what the results of the folder say: a page with a line and a table for each claim, and a README's lines."""
     benches = {name: lab.Lab(config, name) for name in CLAIMS}
     told = {name: lines(name, bench) for name, bench in benches.items()}
-    page = [PAGE, *table([*HEAD, "command"], [[*line, f"`python -m paper {n}`"] for n in CLAIMS for line in told[n]])]
+    measured = [name for name in CLAIMS if told[name][0][-1]]  # to the end: only then there is a verdict
+    page = [PAGE, *table([*HEAD, "command"], [[*told[name][0], f"`python -m paper {name}`"] for name in CLAIMS])]
     for name, bench in benches.items():
         page += ["", f"## {name}", "", claim(name).__doc__.strip(), ""]
         page += [f"![{name}]({name}.png)", ""] if picture(config, name).exists() else []
-        found = [f"- {what}: {here}. Holds: {holds}." for what, _, here, holds in told[name] if holds]
-        page += found or [f"{told[name][0][2].capitalize()}."]
+        page += table(HEAD, told[name]) if name in measured else [f"{told[name][0][2].capitalize()}."]
         if bench.figures:
             seeds, commits = max(map(len, bench.figures.values())), ", ".join(commit[:12] for commit in bench.commits)
             page += ["", f"{bench.scenes} scenes, shared out to {seeds} seeds; measured at {commits}."]
     with cli.replacing(Path(config.docs) / "reproduction.md") as path:
         path.write_text("\n".join(page) + "\n", encoding="utf-8")
-    measured = [name for name in CLAIMS if told[name][0][-1]]  # to the end: only then there is a verdict
     left = [f"Not run yet, or not to the end: {', '.join(f'`{name}`' for name in CLAIMS if name not in measured)}."]
     short = table(HEAD, [told[name][0] for name in measured]) if measured else []
     fill(Path(config.readme), [*short, *([""] * bool(short)), *(left if len(measured) < len(CLAIMS) else [])])

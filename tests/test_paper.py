@@ -183,6 +183,7 @@ def test_a_claim_that_fails_does_not_stop_the_others(config, claims):
     assert json.loads((Path(config.results) / "undrawn.json").read_text())["figures"]
     page = (Path(config.docs) / "reproduction.md").read_text()
     assert "| good \\| claim | 1.7 | 2.00 ± 0.00 px | yes | `python -m paper good` |" in page
+    assert "\n| good \\| claim | 1.7 | 2.00 ± 0.00 px | yes |\n" in page.partition("## good")[2].partition("## bad")[0]
     assert "| What bad claims. |  | not run |  | `python -m paper bad` |" in page
     assert "![good](good.png)" in page and "undrawn.png" not in page
     assert "4 scenes, shared out to 1 seeds; measured at c0ffee" in page
