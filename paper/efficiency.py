@@ -2,9 +2,10 @@
 
 Measured: one base becomes an image-to-video model in two ways, from the same clips: by a Pusa LoRA, and by a finetune
 of all weights in Wan-I2V's way (`paper/i2v.py`). Each budget of either is a training of its own, whose learning rate
-comes down at its end. Two ways need no training: the base with the first frame's τ at 0, which it never saw, and the
-base with the known frame put back at every step. And last: how much of text-to-video each has forgotten; the finetune
-is told that no frame is given, which its training never told it.
+comes down at its end. Three ways need no training: the base with the first frame's τ at 0, which it never saw; the same
+told the other frames' τ for all; and the base with the known frame put back at every step, as noisy as the others. And
+last: how much of text-to-video each has forgotten; the finetune is told that no frame is given, which its training
+never told it.
 
 Read: error, the pixels between a shape and where first frame and caption put it, over the clips seen and over the
 operations of training. The ratio compares the budgets at which both reach the same error, the lowest that both reach;
@@ -20,7 +21,7 @@ import numpy as np
 from torch import Tensor, nn
 
 import train
-from paper import i2v
+from paper import i2v, vector
 from paper.lab import BATCH, BUDGETS, RANK, STEPS, Lab, Row, every, page
 from support import cost, plots
 from toy import world
@@ -28,7 +29,9 @@ from toy.judge import as_prompted
 
 TITLE = "{} needs fewer clips to learn image-to-video"
 PUSA, FINETUNE = "Pusa's LoRA", "I2V finetune"
-CLAMPED, REPLACED = "base, first frame at τ = 0", "base, first frame put back"
+CLAMPED, HIDDEN = "base, first frame at τ = 0", "base, first frame at τ = 0, told one τ for all"
+REPLACED = "base, first frame put back"
+UNTRAINED = CLAMPED, HIDDEN, REPLACED
 T2V = "base", PUSA, f"{PUSA}, longest", FINETUNE
 LATENTS = 16, 9, world.SIDE // 8, world.SIDE // 8
 
@@ -42,6 +45,8 @@ def measure(lab: Lab) -> None:
 
     flat = i2v.one_level(lab)
     error(CLAMPED, lab.judge.transformer, same="zero_shot: i2v, base: error")
+    told = f"vector: i2v, base: {vector.SCALARS[0]}"
+    error(HIDDEN, lambda: vector.Told(lab.judge.transformer(), [0], highest=True), same=told)
     error(REPLACED, lambda: i2v.Replacement(lab.judge.transformer()), flat)
     for steps in reversed(lab.few(BUDGETS)):
         same = "zero_shot: i2v, seed-0: error" if steps == STEPS else ""
@@ -121,7 +126,7 @@ def ratio(lab: Lab) -> Ratio:
 
 
 def draw(lab: Lab, path: Path) -> None:
-    """Error over clips seen and over operations, both ways, with the two that need no training as lines."""
+    """Error over clips seen and over operations, both ways, with those that need no training as lines."""
     first = {True: PUSA, False: f"The {FINETUNE}", None: "Neither way"}[ratio(lab).more]
     operations = flops(lab)
     with page(path, TITLE.format(first), (1, 1), height=4.2) as (seen, spent):
@@ -131,7 +136,7 @@ def draw(lab: Lab, path: Path) -> None:
             for axes, x in ((seen, clips), (spent, [n * operations[way] for n in clips])):
                 axes.errorbar(x, errors, spreads, color=colour, marker="o", markersize=4, capsize=2, label=way)
         for axes, label in ((seen, "clips seen in training"), (spent, "operations of training, FLOP")):
-            for name, line in ((CLAMPED, "--"), (REPLACED, ":")):
+            for name, line in zip(UNTRAINED, ("--", "-.", ":"), strict=True):
                 axes.axhline(lab.middle(name), color=plots.GREY, linestyle=line, linewidth=1.2, label=name)
             axes.set(xscale="log", xlabel=label, ylim=(0, None))
             axes.grid(axis="y")
@@ -143,7 +148,7 @@ def rows(lab: Lab) -> list[Row]:
     """What is claimed of efficiency, the paper's figures, ours, and whether ours agree."""
     found, operations = ratio(lab), flops(lab)
     pusa, finetune = (f"{way}, {steps[-1]} steps" for way, steps in budgets(lab).items())
-    untrained = min((CLAMPED, REPLACED), key=lab.middle)
+    untrained = min(UNTRAINED, key=lab.middle)
 
     def compared(what: str, factor: float) -> tuple[str, bool | None]:
         times = found._replace(**{name: factor * getattr(found, name) for name in ("told", "low", "high")})
