@@ -85,7 +85,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(SelfAttention):
-    """Attention of every token of the video to the prompt; the same weights, no positions."""
+    """Attention of every token of the video to the prompt; the same layers, no positions."""
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a prompt (B, T, D), computed once a prompt: they depend on neither video nor noise."""

@@ -1,9 +1,9 @@
 """Sample: make a video by a task of `tasks.py`, on the embedded model or on any Wan text-to-video model.
 
 The task says which latent frames are given and how noisy they stay; the text encoder turns the prompt into embeddings;
-`flow.denoise` walks the table of noise levels; the VAE turns latents into pixels. A video that is longer than the
-model's is made window by window, each conditioned on the edge of the one before. The large parts are in memory one
-after another: the text encoder, the transformer and, in a model of two experts, the other transformer.
+`flow.denoise` walks the table of noise levels; the VAE turns latents into pixels. `extend`, `prepend` and `stream` make
+a longer video window by window, each from the edge of the one before. The large parts are in memory one after another:
+the text encoder, the transformer and, in a model of two experts, the other transformer.
 
     python sample.py --task extend
     python sample.py --task i2v --image start.png --prompt "a red circle moving left" --seed 1
@@ -58,7 +58,7 @@ class SampleConfig:
     between: str | None = cli.option(None, "retake: the stretch to make again, in seconds of the clip, as in 3,6")
     noise: str | None = cli.option(None, "noise multiplier of the conditions in [0, 1], one or one each, as in 0,0.2")
     strength: float = cli.option(0.7, "restyle, retake: how much of the schedule the clip goes through, in [0, 1]")
-    end_latent: str = cli.option("group", "encode an image further on with 4 still ones or alone", choices=_END_LATENTS)
+    end_latent: str = cli.option("group", "encode a later image with 4 still ones, or alone", choices=_END_LATENTS)
     only_new: bool = cli.option(False, "extend, prepend, retake: write what was made without the whole clip around it")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's)")
     seconds: float | None = cli.option(None, "length in seconds, instead of --frames", _ABOVE_0)
@@ -68,7 +68,7 @@ class SampleConfig:
         None, "steps, shift and guidance: Wan's own, or for a LoRA of few steps", choices=tuple(checkpoint.PRESETS)
     )
     steps: int | None = cli.option(None, "sampling steps K (default: the model's)", (1, 1e9, "at least 1"))
-    guidance: float | None = cli.option(None, "guidance; 1 runs the model once a step (default: its own)", _GUIDANCE)
+    guidance: float | None = cli.option(None, "guidance scale; 1 is off (default: the model's)", _GUIDANCE)
     history_guidance: float | None = cli.option(None, "guidance away from the video without its conditions; 1 is off "
                                                 "(default: the model's)", _GUIDANCE)  # fmt: skip
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
@@ -184,7 +184,7 @@ def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
 
 
 def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
-    """The expert ("high" or "low"; an only one is "high"), its guidance, and the part of a table (K+1, F) it walks.
+    """Each expert ("high" or "low"; one alone is "high"), its guidance, and its part of the table (K+1, F).
 
     The high-noise expert takes the steps at which any frame is at the boundary or above: all frames change over
     together, conditions included.
@@ -296,7 +296,7 @@ def guided_velocity(
     positive, negative: the prompts c and ∅, as `prompt_keys`, or as embeddings (B, T, text_dim) whose keys are computed
     here, once for all steps; without guidance (1) there need be no ∅. m (F,): a plan's multipliers: the conditions h
     are the latent frames with less noise than others, which history guidance (arXiv 2502.06764) replaces by the noise
-    x1 at τ = 1. Each weight that is not 1 runs the model once more a step; equal ones share that run.
+    x1 at τ = 1. Each weight that is not 1 costs one more pass a step; if both are equal, v(c, h) - v(∅, ∅) serves both.
     """
     prompts = (positive,) if guidance == 1 else (positive, negative)
     keys, *away_keys = (transformer.prompt_keys(p) if isinstance(p, Tensor) else p for p in prompts)

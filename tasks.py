@@ -4,7 +4,7 @@ The multiplier m_i of a latent frame says how much of the schedule it goes throu
 is a clean condition; a condition in between may still change a little. The delay d_i lets a frame begin later. Both
 become the table of noise levels that `flow.euler` walks, steps down and frames across (σ is the shifted schedule):
 
-    τ[k, i] = m_i · σ(clamp((k/K - d_i) / (1 - d_max), 0, 1))
+    τ[k, i] = m_i · σ(1 - clamp((k/K - d_i) / (1 - d_max), 0, 1))
 
 `python tasks.py` prints every task with its table and draws it in outputs/tasks/.
 """

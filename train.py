@@ -107,7 +107,7 @@ def train(config: TrainConfig, prepare: Prepare | None = None) -> Path:
         clips, models, inputs = set_up(opened, config, prepare or encoded_clips)
         transformer, device, dtype = models["transformer"], config.device, getattr(torch, config.dtype)
         optimizers = make_optimizers(config, list(models.values()))
-        parts = range(config.accumulate * distributed.size())  # of each step's batch; without gradients, 4 fit as 1
+        parts = range(config.accumulate * distributed.size())  # of each step's batch; without gradients, 4x fit
         ask = partial(validate, transformer, clips, device, dtype, 4 * math.ceil(config.batch / len(parts)))
         flops = cache(partial(cost.window_flops, outline(opened, config)["transformer"]))
 
@@ -155,8 +155,8 @@ def set_up(opened: Opened, config: TrainConfig, prepare: Prepare) -> tuple[Datas
     """The data, the models on their device and ready to train, and fingerprints of what the run is made from."""
     encoder = opened.text_encoder(torch.float32).requires_grad_() if config.from_scratch else None
     clips = prepare(opened, config, encoder)
-    first, alone = distributed.rank() == 0, distributed.size() == 1  # `shard` gives the others the first one's weights
-    stored = torch.float32 if config.full else getattr(torch, config.dtype)  # what is frozen only has to compute in it
+    first, alone = distributed.rank() == 0, distributed.size() == 1  # `shard` sends the others the first one's weights
+    stored = torch.float32 if config.full else getattr(torch, config.dtype)  # frozen ones take the type to compute in
     device = config.device if alone and not config.from_scratch else "cpu"
     transformer = opened.transformer(stored, device, config.expert or "high") if first else opened.outline()[0]
     models = nn.ModuleDict({"transformer": transformer} | ({"text_encoder": encoder} if encoder else {}))

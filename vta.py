@@ -33,7 +33,7 @@ def timestep_embedding(tau: Tensor, dim: int) -> Tensor:
 
 
 def split(modulation: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-    """Add a layer's own table (1, n, D) to the embedding of each frame (B, F, n, D) → n tensors (B, F, 1, D), fp32."""
+    """Add a layer's own modulation (1, n, D) to each frame's embedding (B, F, n, D) → n tensors (B, F, 1, D), fp32."""
     return (modulation.float()[:, None] + embedding).split(1, dim=2)
 
 

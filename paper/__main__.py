@@ -2,7 +2,7 @@
 
 Each claim is one file beside this one. It measures, and keeps what it trains in runs/paper/ and what it measures in
 paper/results/NAME.json; a run that is stopped goes on. Pictures, `docs/reproduction.md` and the table in README.md are
-made from those files alone. A claim that fails does not stop the others.
+made from those files alone. A claim that ends in an error does not stop the others.
 
     python -m paper ablation vector            two claims
     python -m paper train --only rank-4        one training; several processes may share the folders
@@ -30,10 +30,11 @@ HEAD = ["claim", "the paper", "here", "holds"]
 PAGE = """# The paper, claim by claim
 
 `python -m paper` writes this page from `paper/results/`; `python -m paper.vbench`, for the published weights, is apart.
-Each of the seeds makes its share of the scenes. A figure is the median over these (the mean for shares of clips,
-scores, diversity and streams), averaged over the seeds, ± its standard deviation over them, of scenes and noise alike.
-What is compared has the same scenes and noise. When a claim holds is in its file, under `rows`: most ask that it would
-if the scenes were drawn anew (a paired bootstrap, two-sided, at 5 %); else it cannot be told.
+Each of the seeds makes its share of the scenes. A figure is the median over the scenes of a seed (the mean for shares
+of clips, scores, diversity and streams), averaged over the seeds, ± its standard deviation over them, of scenes and
+noise alike. What is compared has the same scenes and noise. Each claim's file says under `rows` when it holds: most
+must hold as well if the scenes are drawn anew (a paired bootstrap, two-sided, at 5 %). Where that is open, it cannot be
+told.
 """
 Line = list[str]  # a row of a table, as long as its head
 

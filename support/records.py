@@ -256,7 +256,7 @@ class Around(NamedTuple):
 def given_frames(plan: NamedTuple, F: int, backwards: bool, may_change: bool) -> list[bool]:
     """For each pixel frame of a video of F latents whether it was given, by the plan of its first window.
 
-    backwards: the window is the video's end. may_change: no frame counts whose latent has noise.
+    backwards: the window is the video's end. may_change: a frame counts only if its latent is clean.
     """
     N, before = cli.pixel_frames(F), (F - len(plan.m)) * backwards
     given = {i for slot in plan.given for i in slot.positions if not may_change or plan.m[i] == 0}

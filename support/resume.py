@@ -4,8 +4,8 @@
     metrics.jsonl   a line of figures each step        state-N.pt      weights and optimizers after step N
     .lock           held by the process that writes here, and let go when it ends, however it ends
 
-A step of `train.py` follows from the seed and its own number, so these are all there is to know. Each file appears
-whole or not at all. The first of several processes writes, and a state does not depend on how many they were.
+A step of `train.py` follows from the seed and its own number, so these are all there is to know. Each file but
+metrics.jsonl appears whole or not at all. The first of several processes writes; a state does not depend on how many.
 """
 
 import json

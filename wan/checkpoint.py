@@ -180,7 +180,7 @@ def open(name: str | Path, network: type[nn.Module], rehearsal: bool = False) ->
 
     network: the class of the transformer, `model.Wan`. A repository's descriptions are downloaded now, a few megabytes,
     and its weights when their part is asked for. For a rehearsal, which measures and loads nothing, the published
-    models need no network. ValueError if there is no such model, or it is no text-to-video model.
+    models need no internet. ValueError if there is no such model, or it is no text-to-video model.
     """
     path, repository, here = Path(name), None, Path(__file__).parent.parent / name
     # The embedded model lies beside the code.

@@ -120,7 +120,7 @@ def save(
 
     to: ComfyUI, diffusers and `load` all read "comfy", which stores an alpha where it differs from the rank. "peft"
     (diffusers' own) and "original" (the official Pusa's) store none, so B is scaled instead; "peft" holds diffs of
-    biases only, "original" none: ValueError for others. Rank, alpha and `base` in the metadata are for people alone.
+    biases only, "original" none: ValueError for others. `load` needs nothing of the metadata.
     """
     if not lora:
         raise ValueError(f"no LoRA pairs to write to {path}; expected the result of extract or load")

@@ -190,10 +190,10 @@ class WanVAE(nn.Module):
         ))  # fmt: skip
 
     def encode(self, video: Tensor, chunk: int | None = None, tile: int | None = None) -> Tensor:
-        """A video (B, 3, N, 8H, 8W) in [-1, 1], N = 4(F-1) + 1 → its normalised latents (B, 16, F, H, W), their mean.
+        """A video (B, 3, N, 8H, 8W) in [-1, 1], N = 4(F-1) + 1 → the posterior's mean, normalised, (B, 16, F, H, W).
 
-        chunk: latent frames at a time; None is the whole sequence at once. tile: pixels that a part of the frame is at
-        most wide and high, 32 or more; None is the whole frame. If neither is given, `pieces` decides.
+        chunk: latent frames at a time; None is the whole sequence at once. tile: greatest width and height of a part in
+        pixels, 32 or more; None is the whole frame. If neither is given, `pieces` decides.
         """
         N, height, width = video.shape[2:]
         if N % 4 != 1:
