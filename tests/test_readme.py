@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from small import opened
+from small import call, opened
 
 import flow
 import sample
@@ -326,6 +326,13 @@ def test_the_table_of_presets_is_that_of_the_code():
     ):
         others = " | ".join(cell(**preset[model]) for preset in checkpoint.PRESETS.values())
         assert f"| {name} | {size} | {pusa} | {others} |" in README
+
+
+@pytest.mark.parametrize("model, name", [(checkpoint.SMALL, "Wan2.1 1.3B"), (checkpoint.LARGE, "Wan2.1 14B")])
+def test_the_table_of_memory_is_that_of_a_dry_run(model, name):
+    told = call(sample, "--task", "t2v", "--model", model, "--size", "832x480", "--dtype", "bfloat16", "--dry-run").out
+    whole, offloaded = (re.findall(r"(\S+ [GM]iB)", line) for line in told.splitlines()[-3:-1])
+    assert f"| {name} | {' | '.join([*whole, offloaded[1]])} |" in README
 
 
 def test_the_evaluation_is_that_of_the_model():
