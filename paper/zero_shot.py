@@ -1,11 +1,12 @@
 """Tasks that nothing was trained for: start-end, extension, completion, loops, key frames and text alone.
 
-The paper shows such videos and gives no figure. Its one LoRA has seen clips whose frames are all noisy, each as much as
-chance would have it, and no task. Here every task of `tasks.TASKS` that the world's truth can judge is made with that
-LoRA and without. Two things are asked: are the conditions still there (the last pixel frame of each condition latent
-against the true one, in dB; a clean condition never moves, so only the VAE can lose it), and are the shapes where
-the conditions say they must be (mean distance in pixels). Text alone is judged by what the caption says, a loop by
-whether it ends as it begins. `transition` between the two ends of one clip is `complete`, to the bit: one row for both.
+The paper shows such videos and gives no figure. Its one LoRA has seen clips whose frames are all noisy, each as much
+as chance would have it, and no task. Here every task of `tasks.TASKS` that the world's truth can judge is made with
+that LoRA and without, told each frame's level both times (the base alone does better told one for all: see
+`vector.py`). Two things are asked: are the conditions still there (the last pixel frame of each condition latent
+against the true one, in dB; a clean condition never moves, so only the VAE can lose it), and are the shapes where the
+conditions say they must be (mean distance in pixels). Text alone is judged by what the caption says, a loop by whether
+it ends as it begins. `transition` between the two ends of one clip is `complete`, to the bit: one row for both.
 """
 
 from functools import cache, partial

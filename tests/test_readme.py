@@ -30,7 +30,7 @@ import flow
 import sample
 import tasks
 import train
-from paper import end_latent, history, lab, retake, stream, vbench
+from paper import end_latent, history, lab, retake, stream, vbench, vector
 from play.__main__ import PlayConfig
 from support import cli, dataset, records, report
 from toy import grow, judge, world
@@ -355,7 +355,7 @@ def test_the_table_of_claims_is_that_of_the_report():
     assert block == told, "`python -m paper` writes both"
 
 
-def test_the_tables_of_what_is_beyond_the_paper_are_those_of_their_claims():
+def test_the_tables_of_what_was_measured_are_those_of_their_claims():
     def told(bench, name, unit="", digits=1, median=True):
         return f"{bench.middle(name, median):.{digits}f} ± {bench.spread(name, median):.{digits}f}{unit}"
 
@@ -363,6 +363,11 @@ def test_the_tables_of_what_is_beyond_the_paper_are_those_of_their_claims():
     for weights in history.WEIGHTS:
         errors = " | ".join(told(bench, f"{task} {{}} {{}}".format(*weights), " px") for task in history.TASKS)
         assert "| {}, {} | {} | {} |".format(*weights, sample.passes_a_step(*weights), errors) in README
+    bench = lab.Lab(lab.Config(), "vector")
+    for network, label in vector.NETWORKS.items():
+        for heard in (vector.RIGHT, vector.SCALARS[0]):
+            errors = " | ".join(told(bench, f"{task}, {network}: {heard}", " px") for task in vector.TASKS)
+            assert f"| {label} | {heard} | {errors} |" in README
     bench = lab.Lab(lab.Config(), "stream")
     kinds = ("error", " px"), ("shapes", " %")
     for second in (2, 4, 30):
