@@ -125,7 +125,8 @@ def _worst(lab: Lab, task: str, tables: tuple[str, ...]) -> str:
 
 
 def rows(lab: Lab) -> list[Row]:
-    found = []
+    """One row for all kinds of tables, then one for each."""
+    found, good = [], []
     for claim, task, usual, tables in (
         ("i2v with a frame late, early or backwards, or as a staircase", "i2v", OWN, ORDERLY),
         ("i2v at random paces", "i2v", OWN, ("random pace",)),
@@ -140,6 +141,9 @@ def rows(lab: Lab) -> list[Row]:
         if worst in tried(lab, task, "base"):
             ours += f"; base {lab.told(f'{task}, base: {usual}')}, {lab.told(f'{task}, base: {worst}')}"
         holds = every(lab.below(f"{task}, seed-0: {table}", name, factor=MARGIN) for table in tables)
+        good += [claim] if holds else []
         what = f"{claim} costs at most {MARGIN} times the error"
         found.append(Row(what, "explosion avoided, no figure", ours, holds))
-    return found
+    ours = f"so in {len(good)} of {len(found)}: {', '.join(good) or 'none'}"
+    what = f"an order of denoising that training never showed costs at most {MARGIN} times the error"
+    return [Row(what, "explosion avoided, no figure", ours, every(row.holds for row in found)), *found]
