@@ -156,10 +156,10 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
         cli.parse_numbers("noise", config.noise, float), config.strength, stagger, lengths, stretch,
     )  # fmt: skip
     if config.end_latent == "lone":  # as the official code has it
-        alone = [slot._replace(frames=1, drop=0) if slot.source == "image" else slot for slot in first.given]
-        first = first._replace(given=alone)
+        alone = [slot._replace(frames=1, drop=0) if slot.source == "image" else slot for slot in first.slots]
+        first = first._replace(slots=alone)
     # A window goes on from as many latents as the first one has conditions, as noisy as those; `stream` may have none.
-    filled = [position for slot in first.given for position in slot.positions]
+    filled = [position for slot in first.slots for position in slot.positions]
     carried, noise = (len(filled), first.m[filled].tolist()) if filled else (4, [0.0])
     plans, backwards = [first], config.task == "prepend"
     if window < F:
@@ -180,7 +180,7 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
 
 def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
     """The pixels (1, 3, n, 8H, 8W) in [-1, 1] of each slot of the plan; no more of a video is read."""
-    return [tasks.cut(slot, records.pixels(config, slot)[None]) for slot in plan.given]
+    return [tasks.cut(slot, records.pixels(config, slot)[None]) for slot in plan.slots]
 
 
 def legs(config: SampleConfig, taus: Tensor) -> list[tuple[str, float, Tensor]]:
@@ -280,7 +280,7 @@ def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like:
     inputs: the pixels (B, 3, n, 8H, 8W) of each slot, which `tasks.cut` cut, so nothing that the task hides leaks in.
     """
     x0 = torch.zeros_like(like)
-    for slot, pixels in zip(plan.given, inputs, strict=True):
+    for slot, pixels in zip(plan.slots, inputs, strict=True):
         x0[:, :, list(slot.positions)] = vae.encode(pixels.to(like.device))[:, :, slot.drop :].to(like.dtype)
     return x0
 
@@ -397,7 +397,7 @@ def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) ->
                 experts.clear()
             sheet.write(labels, cell, decode(experts.vae, latents), job.given, job.around)
         if config.plot:
-            marks = [(slot.source, slot.positions) for slot in job.plans[0].given]
+            marks = [(slot.source, slot.positions) for slot in job.plans[0].slots]
             videos = [(f"after step {k}", decode(experts.vae, z)) for k, z in states.items()]
             records.plot(files, job.taus[0], marks, config.task, videos)
     print(f"{config.task}: {config.prompt!r}, in {time.monotonic() - started:.1f} s", file=sys.stderr)
@@ -437,7 +437,7 @@ def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
 def main() -> None:
     config = cli.parse(SampleConfig, __doc__)
     if config.from_json:
-        config = records.repeated(config.from_json, cli.given(SampleConfig), SampleConfig)
+        config = records.repeated(config.from_json, cli.named(SampleConfig), SampleConfig)
     sample(config)
 
 

@@ -60,7 +60,7 @@ class Slot(NamedTuple):
 class Plan(NamedTuple):
     m: Tensor  # (F,) multipliers in [0, 1]
     d: Tensor  # (F,) delays in [0, 1), as fractions of the run
-    given: list[Slot]
+    slots: list[Slot]  # what is given
 
 
 def plan(

@@ -35,7 +35,7 @@ def measure(lab: Lab) -> None:
 def laid_out(task: str, end: str, lab: Lab) -> tasks.Plan:
     """The task's plan, with images further on encoded in a group, or alone."""
     plan = lab.judge.plan(task)
-    return plan if end == "group" else plan._replace(given=[slot._replace(frames=1, drop=0) for slot in plan.given])
+    return plan if end == "group" else plan._replace(slots=[slot._replace(frames=1, drop=0) for slot in plan.slots])
 
 
 def _judged(lab: Lab, network: Callable[[], Wan], task: str, end: str, seed: int) -> dict[str, Tensor]:

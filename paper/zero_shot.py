@@ -53,7 +53,7 @@ def _judged(lab: Lab, network: str, task: str, seed: int) -> dict[str, Tensor]:
 
 def given_latents(task: str) -> list[int]:
     """The latent frames of the conditions."""
-    return [position for slot in Judge.plan(task).given for position in slot.positions]
+    return [position for slot in Judge.plan(task).slots for position in slot.positions]
 
 
 def draw(lab: Lab, path: Path | str) -> None:

@@ -80,7 +80,7 @@ class Studio:
     def pictured(self, task: str, pictures: Collection[int] = ()) -> list[int]:
         """The latent frame of each image that a task is given; pictures: the frames that have one."""
         at = sorted(pictures) or (0, self.F // 2, self.F - 1)
-        given = tasks.plan(task, self.F, at=at if tasks.TASKS[task].images is None else ()).given
+        given = tasks.plan(task, self.F, at=at if tasks.TASKS[task].images is None else ()).slots
         first = {slot.index: slot.positions[0] for slot in reversed(given) if slot.source == "image"}
         return [first[i] for i in sorted(first)]
 
@@ -120,7 +120,7 @@ class Studio:
 
     def _with_noise(self, config: sample.SampleConfig, choices: Choices) -> sample.SampleConfig:
         """The settings, with the multipliers of the conditions that were chosen."""
-        m = [choices.m[i] for slot in self.plan(choices).given for i in slot.positions]
+        m = [choices.m[i] for slot in self.plan(choices).slots for i in slot.positions]
         if not tasks.TASKS[choices.task].noise:
             return replace(config, strength=max(m, default=config.strength))
         return replace(config, noise=",".join(f"{value:g}" for value in (m if len(set(m)) > 1 else m[:1])))
@@ -149,7 +149,7 @@ class Studio:
         config = self.inputs(choices)
         (plan, *_) = sample.lay_out(config, self.opened.preset.frames).plans
         shown = {}
-        for slot, pixels in zip(plan.given, sample.read_inputs(config, plan), strict=True):
+        for slot, pixels in zip(plan.slots, sample.read_inputs(config, plan), strict=True):
             shown |= {i: _address(pixels[0, :, 4 * (n + slot.drop)]) for n, i in enumerate(slot.positions)}
         return shown
 

@@ -47,7 +47,7 @@ def parse(config_class: type[T], doc: str, argv: list[str] | None = None) -> T:
     return check(config_class(**vars(_parser(config_class, doc).parse_intermixed_args(argv))))
 
 
-def given(config_class: type[T], argv: list[str] | None = None) -> dict[str, typing.Any]:
+def named(config_class: type[T], argv: list[str] | None = None) -> dict[str, typing.Any]:
     """The settings that a command line names, without the defaults of the others."""
     return vars(_parser(config_class, "", with_defaults=False).parse_intermixed_args(argv))
 

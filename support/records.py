@@ -58,15 +58,15 @@ def read(path: Path, config_class: type[Config]) -> Config:
     return config
 
 
-def repeated(path: str, given: dict, config_class: type[Config]) -> Config:
-    """The settings recorded in a file, but for those `given` by other flags; stderr says which these are."""
+def repeated(path: str, named: dict, config_class: type[Config]) -> Config:
+    """The settings recorded in a file, but for those `named` by other flags; stderr says which these are."""
     record, defaults = read(Path(path), config_class), config_class()
-    changed = [name for name in given if name not in ("from_json", *_NOT_REPEATED)]
+    changed = [name for name in named if name not in ("from_json", *_NOT_REPEATED)]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         print(f"settings: those of {path}, except for {flags}", file=sys.stderr)
     undone = (*_NOT_REPEATED, *(other for name in changed for other in _UNDOES.get(name, ())))
-    values = {name: getattr(defaults, name) for name in undone} | given | {"from_json": None}
+    values = {name: getattr(defaults, name) for name in undone} | named | {"from_json": None}
     return cli.check(dataclasses.replace(record, **values))
 
 
@@ -259,7 +259,7 @@ def given_frames(plan: NamedTuple, F: int, backwards: bool, may_change: bool) ->
     backwards: the window is the video's end. may_change: a frame counts only if its latent is clean.
     """
     N, before = cli.pixel_frames(F), (F - len(plan.m)) * backwards
-    given = {i for slot in plan.given for i in slot.positions if not may_change or plan.m[i] == 0}
+    given = {i for slot in plan.slots for i in slot.positions if not may_change or plan.m[i] == 0}
     return [cli.latent_index(n, N) - before in given for n in range(N)]
 
 
@@ -270,7 +270,7 @@ def around(config: Config, plan: NamedTuple, F: int) -> Around | None:
     """
     if config.only_new or config.task not in _SHOWN_WHOLE:
         return None
-    (slot,), N, m, clip = plan.given, cli.pixel_frames(F), plan.m.tolist(), media.count(config.video[0], config.fps)
+    (slot,), N, m, clip = plan.slots, cli.pixel_frames(F), plan.m.tolist(), media.count(config.video[0], config.fps)
     if config.task == "retake":
         start, stretch = retaken(config)
         return Around(config.video[0], clip, start, [n not in range(*stretch) for n in range(N)])

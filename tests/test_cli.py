@@ -31,8 +31,8 @@ class Config:
 
 
 def test_without_flags_a_config_has_its_defaults():
-    assert cli.parse(Config, "Doc.", []) == Config() and cli.given(Config, []) == {}
-    assert cli.given(Config, ["--count", "3", "--name", "a"]) == {"count": 3, "name": "a"}, "as the defaults are, too"
+    assert cli.parse(Config, "Doc.", []) == Config() and cli.named(Config, []) == {}
+    assert cli.named(Config, ["--count", "3", "--name", "a"]) == {"count": 3, "name": "a"}, "as the defaults are, too"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_flag_sets_its_field_in_its_type(argv, field, value):
     config = cli.parse(Config, "Doc.", argv.split())
     got = getattr(config, field)
     assert got == value and type(got) is type(value)
-    assert cli.given(Config, argv.split()) == {field: value}, "whatever is the default"
+    assert cli.named(Config, argv.split()) == {field: value}, "whatever is the default"
     others = {name: v for name, v in vars(config).items() if name != field}
     assert others == {name: v for name, v in vars(Config()).items() if name != field}
 

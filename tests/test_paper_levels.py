@@ -196,7 +196,7 @@ def test_a_misled_network_hears_another_level_where_it_should():
 def test_a_transition_between_the_ends_of_a_clip_is_a_completion():
     one, other = (Judge.plan(task) for task in ("complete", "transition"))
     truth = torch.rand(1, 3, world.FRAMES, 64, 64)
-    assert torch.equal(one.m, other.m) and [s.positions for s in one.given] == [s.positions for s in other.given]
+    assert torch.equal(one.m, other.m) and [s.positions for s in one.slots] == [s.positions for s in other.slots]
     parts = (Judge._inputs(task, plan, truth) for task, plan in (("complete", one), ("transition", other)))
     assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
 

@@ -317,7 +317,7 @@ def test_every_preset_fills_the_table(browser, address, width):
                 name, 9, videos=1 if name == "stream" else None, at=(0, 4, 8) if name == "keyframes" else (),
                 noise=(0.0,) if tasks.TASKS[name].noise else None, stretch=(8, 20) if name == "retake" else None,
             )  # fmt: skip
-            filled = {i for slot in plan.given for i in slot.positions}
+            filled = {i for slot in plan.slots for i in slot.positions}
             marks = "".join(str(int(i in filled)) for i in range(9))
             row = tasks.tau_schedule(plan.m, 10, 3.0, plan.d)[0]
             wanted = [f"{tau:.2f}".lstrip("0") if tau else "0" for tau in row.tolist()]

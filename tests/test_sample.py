@@ -82,7 +82,7 @@ def _latents(model, task, clip=None, **changes):
     config, opened = sample.prepare(SampleConfig(task=task, model=str(model), dtype="float32", **changes))
     job = sample.lay_out(config, opened.preset.frames)
     plan = job.plans[0]
-    inputs = sample.read_inputs(config, plan) if clip is None else [tasks.cut(slot, clip) for slot in plan.given]
+    inputs = sample.read_inputs(config, plan) if clip is None else [tasks.cut(slot, clip) for slot in plan.slots]
     (latents,) = sample.generate(sample.Experts(config, opened, [config.prompt]), job, inputs, [config.seed])
     return latents
 
@@ -415,8 +415,8 @@ def test_of_a_video_only_what_is_needed_is_kept(task, heads, tails, model):
     config, job = _laid_out(task=task, model=str(model), frames=17)
     plan = job.plans[0]
     inputs = sample.read_inputs(config, plan)
-    assert [sum(slot.source == end for slot in plan.given) for end in ("head", "tail")] == [heads, tails]
-    for slot, pixels in zip(plan.given, inputs, strict=True):
+    assert [sum(slot.source == end for slot in plan.slots) for end in ("head", "tail")] == [heads, tails]
+    for slot, pixels in zip(plan.slots, inputs, strict=True):
         assert pixels.shape[2] == slot.frames < world.FRAMES and pixels.untyped_storage().nbytes() == pixels.nbytes
 
 
@@ -427,7 +427,7 @@ def test_clean_conditions_are_kept_to_the_bit(task, model):
     vae, inputs = _open(model).vae(), sample.read_inputs(config, job.plans[0])
     latents = _latents(model, task)
     x0 = sample.conditions(vae, job.plans[0], inputs, latents)
-    given = [position for slot in job.plans[0].given for position in slot.positions]
+    given = [position for slot in job.plans[0].slots for position in slot.positions]
     assert given and torch.equal(latents[:, :, given], x0[:, :, given])
     free = [i for i in range(7) if i not in given]
     assert (x0[:, :, free] == 0).all() and (latents[:, :, free].std() > 0.1)
@@ -693,7 +693,7 @@ def test_clips_and_images_are_keyframes_together(model, clips):
     a, b = str(clips / "00001.mp4"), str(clips / "00002.mp4")
     flags = {"image": (f"{a}@30",), "video": (f"{a}@4-8", f"{b}@10-18"), "at": "6,0,3"}
     config, job = _laid_out(task="keyframes", model=str(model), dtype="float32", **flags)
-    assert [slot.positions for slot in job.plans[0].given] == [(6,), (0, 1), (3, 4)]
+    assert [slot.positions for slot in job.plans[0].slots] == [(6,), (0, 1), (3, 4)]
     first, second = media.read_video(a), media.read_video(b)
     inputs = sample.read_inputs(config, job.plans[0])
     assert torch.equal(inputs[1][0], first[:, 4:9]) and torch.equal(inputs[2][0], second[:, 10:19])

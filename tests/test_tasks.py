@@ -112,10 +112,10 @@ def test_stream_goes_on_from_a_clip():
 def test_noise_and_counts_of_the_users_own():
     assert _plan("extend", noise=(0,)).m.tolist() == [0] * 4 + [1] * 5  # one value serves all
     assert _plan("extend", noise=(0, 0.5)).m.tolist() == [0, 0.5] + [1] * 7  # several say how many
-    assert _plan("prepend", noise=(0.5, 0)).given == [Slot("head", 0, (7, 8), 9, 1)]
+    assert _plan("prepend", noise=(0.5, 0)).slots == [Slot("head", 0, (7, 8), 9, 1)]
     assert _plan("complete", noise=(0, 0.25, 0.5, 0.75)).m[[0, 1, 7, 8]].tolist() == [0, 0.25, 0.5, 0.75]
-    assert _plan("transition", noise=(0, 0, 0)).given[0] == Slot("tail", 0, (0,), 1, 0)
-    assert _plan("transition", noise=(0, 0, 0)).given[1] == Slot("head", 1, (7, 8), 9, 1)
+    assert _plan("transition", noise=(0, 0, 0)).slots[0] == Slot("tail", 0, (0,), 1, 0)
+    assert _plan("transition", noise=(0, 0, 0)).slots[1] == Slot("head", 1, (7, 8), 9, 1)
     assert plan("keyframes", 9, images=2, at=(7, 2), noise=(0, 0.5)).m[[7, 2]].tolist() == [0, 0.5]
     assert _plan("restyle", strength=0.25).m.tolist() == [0.25] * 9
 
@@ -140,14 +140,14 @@ def test_a_stretch_is_made_again_in_every_latent_that_it_touches():
 
 def test_cut_takes_only_what_the_user_has():
     video = torch.arange(40.0).reshape(1, 1, 40, 1, 1)
-    frames = {name: [cut(slot, video).flatten().int().tolist() for slot in _plan(name).given] for name in tasks.TASKS}
+    frames = {name: [cut(slot, video).flatten().int().tolist() for slot in _plan(name).slots] for name in tasks.TASKS}
     assert frames["i2v"] == [[0]] and frames["loop"] == [[0], [0] * 5]
     assert frames["extend"] == [list(range(27, 40))] and frames["prepend"] == [list(range(17))]
     assert frames["complete"] == [list(range(5)), list(range(31, 40))]
     assert frames["transition"] == [list(range(35, 40)), list(range(9))]
     assert frames["restyle"] == [list(range(33))]
     for name in tasks.TASKS:  # what is encoded gives as many latents as the slot has room for
-        for slot in _plan(name).given:
+        for slot in _plan(name).slots:
             assert tasks.latent_frames(slot.frames) - slot.drop == len(slot.positions)
 
 
@@ -223,7 +223,7 @@ def test_command_prints_and_draws_every_task(tmp_path):
         (lambda: tasks.latent_frames(32), "nearest are 29 and 33"),
         (lambda: tasks.latent_frames(0), "nearest are 1 and 5"),
         (lambda: tasks.latent_index(33, 33), "got frame 33, expected a frame of the video, 0 to 32"),
-        (lambda: cut(plan("extend", 9).given[0], torch.zeros(1, 3, 12, 8, 8)), "got a clip of 12 frames, .* least 13"),
+        (lambda: cut(plan("extend", 9).slots[0], torch.zeros(1, 3, 12, 8, 8)), "got a clip of 12 frames, .* least 13"),
     ],
 )
 def test_mistakes(mistake, sentence):

@@ -158,7 +158,7 @@ def test_conditions_are_those_that_a_user_has():
     for name in judge.DETERMINED:
         still.prompt_keys = lambda context: None
         latents = bench.videos(still, name)
-        given = [position for slot in bench.plan(name).given for position in slot.positions]
+        given = [position for slot in bench.plan(name).slots for position in slot.positions]
         assert torch.equal(~latents.isnan().all((0, 1, 3, 4)), torch.isin(torch.arange(9), torch.tensor(given))), name
 
 

@@ -73,7 +73,7 @@ class Judge:
         """
         preset, plan = dataclasses.replace(self.preset, **settings), plan or self.plan(task)
         taus = tasks.tau_schedule(plan.m, preset.steps, preset.shift, plan.d) if taus is None else taus
-        given = [position for slot in plan.given for position in slot.positions]
+        given = [position for slot in plan.slots for position in slot.positions]
         generator, made = torch.Generator().manual_seed(seed), []
         shape = self.count, 16, len(plan.m), world.SIDE // 8, world.SIDE // 8
         noise = torch.randn(shape, generator=generator)[self.part]
@@ -109,7 +109,7 @@ class Judge:
         videos = [truth[:, :, frames] for frames in known.get(task, [slice(None)])]
         at = _AT if task == "keyframes" else (0, len(plan.m) - 1)
         images = [truth[:, :, tasks.pixel_frames(position + 1) - 1 :] for position in at]
-        return [tasks.cut(slot, (images if slot.source == "image" else videos)[slot.index]) for slot in plan.given]
+        return [tasks.cut(slot, (images if slot.source == "image" else videos)[slot.index]) for slot in plan.slots]
 
 
 def centroid_errors(
