@@ -36,7 +36,6 @@ from wan import checkpoint
 TURN = 8  # how many clips one of two experts works on before the other is loaded
 _ABOVE_0 = (1e-9, 1e9, "a number above 0, such as 16")
 _GUIDANCE = (0, 1e9, "0 or more; 1 is without guidance")
-_END_LATENTS = ("group", "lone")
 _SIGMA = (0, 1, "a noise level in [0, 1], such as 0.875")
 
 
@@ -58,7 +57,7 @@ class SampleConfig:
     between: str | None = cli.option(None, "retake: the stretch to make again, in seconds of the clip, as in 3,6")
     noise: str | None = cli.option(None, "noise multiplier of the conditions in [0, 1], one or one each, as in 0,0.2")
     strength: float = cli.option(0.7, "restyle, retake: how much of the schedule the clip goes through, in [0, 1]")
-    end_latent: str = cli.option("group", "encode a later image with 4 still ones, or alone", choices=_END_LATENTS)
+    end_latent: str = cli.option("group", "encode a later image with 4 still ones, or alone", choices=("group", "lone"))
     only_new: bool = cli.option(False, "extend, prepend, retake: write what was made without the whole clip around it")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's)")
     seconds: float | None = cli.option(None, "length in seconds, instead of --frames", _ABOVE_0)
@@ -69,8 +68,8 @@ class SampleConfig:
     )
     steps: int | None = cli.option(None, "sampling steps K (default: the model's)", (1, 1e9, "at least 1"))
     guidance: float | None = cli.option(None, "guidance scale; 1 is off (default: the model's)", _GUIDANCE)
-    history_guidance: float | None = cli.option(None, "guidance away from the video without its conditions; 1 is off "
-                                                "(default: the model's)", _GUIDANCE)  # fmt: skip
+    history_guidance: float | None = cli.option(None, "guidance to the conditions; 1: off (default: own)", _GUIDANCE)
+    context_noise: float | None = cli.option(None, "noise that conditions are said to have (default: own)", _SIGMA)
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
     boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SIGMA)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
@@ -113,12 +112,10 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened, strength: float | N
         bare = config.no_lora or config.prompts is not None or Path(config.model).is_file() or not own.exists()
         loras = () if bare else (own.as_posix(),)
     config = replace(
-        config,
-        **{name: value for name, value in values.items() if getattr(config, name) is None},
+        config, device=device, dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
         lora=lora.with_strengths(loras, own, opened.preset.strength, strength),
-        device=device,
-        dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
-    )
+        **{name: value for name, value in values.items() if getattr(config, name) is None},
+    )  # fmt: skip
     second = config.boundary is not None or config.guidance_2 is not None
     if not opened.two_experts and (second or any(lora.parse_entry(name)[0] for name in config.lora)):
         raise ValueError("got --boundary, --guidance-2, or a LoRA for high or low noise, but "
@@ -233,8 +230,8 @@ class Experts:
         transformer, negative, device = self.load(expert), self.config.negative_prompt, self.config.device
         texts = [prompt] if guidance == 1 else [prompt, negative]  # no more are kept: the keys of a prompt are large
         self.keys = {t: self.keys.get(t) or transformer.prompt_keys(self.context([t]).to(device)) for t in texts}
-        led = guidance, self.config.history_guidance
-        return guided_velocity(transformer, self.keys[prompt], self.keys.get(negative), *led, m, x1)
+        led = guidance, self.config.history_guidance, m, x1, self.config.context_noise
+        return guided_velocity(transformer, self.keys[prompt], self.keys.get(negative), *led)
 
     def walk(
         self, prompts: Sequence[str], x0: Tensor, x1: Tensor, taus: Tensor, m: Tensor | None = None,
@@ -287,7 +284,7 @@ def conditions(vae: nn.Module, plan: tasks.Plan, inputs: Sequence[Tensor], like:
 
 def guided_velocity(
     transformer: Wan, positive: Tensor | PromptKeys, negative: Tensor | PromptKeys | None, guidance: float,
-    history: float = 1.0, m: Tensor | None = None, x1: Tensor | None = None,
+    history: float = 1.0, m: Tensor | None = None, x1: Tensor | None = None, context_noise: float = 0.0,
 ) -> flow.Velocity:  # fmt: skip
     """velocity(z, tau) for B prompts, led away from the negative ones, and from the video without its conditions.
 
@@ -297,6 +294,8 @@ def guided_velocity(
     here, once for all steps; without guidance (1) there need be no ∅. m (F,): a plan's multipliers: the conditions h
     are the latent frames with less noise than others, which history guidance (arXiv 2502.06764) replaces by the noise
     x1 at τ = 1. Each weight that is not 1 costs one more pass a step; if both are equal, v(c, h) - v(∅, ∅) serves both.
+    The network is told that h have at least context_noise times the highest level, as in Diffusion Forcing (arXiv
+    2407.01392); they stay as clean as they are.
     """
     prompts = (positive,) if guidance == 1 else (positive, negative)
     keys, *away_keys = (transformer.prompt_keys(p) if isinstance(p, Tensor) else p for p in prompts)
@@ -309,6 +308,8 @@ def guided_velocity(
         return z, tau
 
     def velocity(z: Tensor, tau: Tensor) -> Tensor:
+        tau = tau.clone()
+        tau[:, given] = tau[:, given].maximum(context_noise * tau.amax(1, keepdim=True))
         v = led = transformer(z, tau, keys)
         if guidance != 1:
             away = transformer(*(freed(z, tau) if history == guidance else (z, tau)), *away_keys)

@@ -23,7 +23,7 @@ from support import cli
 
 CLAIMS = (
     "efficiency", "quality", "zero_shot", "preservation", "ablation", "mechanism", "schedules", "price", "vector",
-    "history", "stream", "retake", "end_latent",  # beyond the paper
+    "history", "context", "stream", "retake", "end_latent",  # beyond the paper
 )  # fmt: skip
 HOLDS = {True: "yes", False: "no", None: "cannot be told"}
 HEAD = ["claim", "the paper", "here", "holds"]

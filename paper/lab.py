@@ -79,7 +79,7 @@ class Lab:
     def __init__(self, config: Config, claim: str):
         self.config, self.claim, self.device = config, claim, cli.pick_device(config.device)
         self.opened = checkpoint.open(config.model, Wan)
-        self.opened.preset = replace(self.opened.preset, history_guidance=1.0)  # which the paper does not know
+        self.opened.preset = replace(self.opened.preset, history_guidance=1.0, context_noise=0.0)  # not the paper's
         self.scenes, self.seeds = (4, (0,)) if config.quick else (config.scenes, (0, 1, 2))
         self.seed = 0  # of the figure that is being measured
         self.path = Path(config.results) / f"{claim}.json"

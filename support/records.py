@@ -76,6 +76,7 @@ def told(config: Config, taus: Sequence[Tensor] = ()) -> str:
     loras = f"LoRA {', '.join(config.lora)}" if config.lora else "no LoRA"
     loras += f", sweep {' '.join(config.sweep)}" if config.sweep else ""
     guidance += "" if config.history_guidance == 1 else f", history guidance {config.history_guidance:g}"
+    guidance += f", context noise {config.context_noise:g}" if config.context_noise else ""
     line = (f"settings: {config.size}, {config.frames} frames at {config.fps:g} fps, {config.steps} steps, "
             f"guidance {guidance}, shift {config.shift:g}, {loras}")  # fmt: skip
     return "\n\n".join([line, *map(plots.table, taus)])
@@ -417,9 +418,8 @@ class ClipFolder:
         if record.is_file():
             begun = vars(read(record, type(self.config)))
             for name, now in vars(self.config).items():
-                if name not in _MAY_CHANGE and begun[name] != now:
-                    raise ValueError(f"got {now} as --{name.replace('_', '-')}, but the clips in {folder} began with "
-                                     f"{begun[name]}; repeat that, or choose another --out")  # fmt: skip
+                got = f"{now} as --{name.replace('_', '-')} for the clips in {folder}, which began with {begun[name]}"
+                cli.expect(name in _MAY_CHANGE or begun[name] == now, got, "the same, or another --out")
         elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"got --out {folder}, which holds other files, expected a new folder or one of --prompts")
 

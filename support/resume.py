@@ -123,12 +123,9 @@ class Run:
         before = self.state["settings"] if newest else _read_settings(out) if settings["resume"] else {}
         for name in settings.keys() & before.keys() - may_change:
             longer = name == "steps" and settings[name] > before[name]
-            if settings[name] != before[name] and not longer:
-                raise ValueError(
-                    f"got --resume with {settings[name]} as --{name.replace('_', '-')}, but the run in {out} began "
-                    f"with {before[name]}, and must end as if it had never stopped; repeat its flags, which are in "
-                    "settings.json, or start anew with another --out"
-                )
+            flag = f"--{name.replace('_', '-')}, but the run in {out} began with {before[name]}"
+            again = "the flags in its settings.json, as it must end as if it had never stopped; or another --out"
+            cli.expect(longer or settings[name] == before[name], f"--resume with {settings[name]} as {flag}", again)
 
     @contextmanager
     def open(self, model: nn.Module, optimizers: Sequence[Optimizer], inputs: dict, facts: dict) -> Iterator[range]:

@@ -7,12 +7,13 @@ import torch
 from small import model_fixture  # noqa: F401
 
 import tasks
-from paper import preservation, retake, schedules, stream, vector, zero_shot
+from paper import context, preservation, retake, schedules, stream, vector, zero_shot
 from paper.lab import Config, Lab
 from toy import world
 from toy.judge import Judge
 
-CLAIMS = {zero_shot: 16, schedules: 20, vector: 40, preservation: 12, retake: 5}  # clips that each makes of a scene
+# How many clips each makes of a scene.
+CLAIMS = {zero_shot: 16, schedules: 20, vector: 40, preservation: 12, retake: 5, context: 28}
 K, SHIFT = 10, 3.0
 OTHERS = (*schedules.ORDERLY, *schedules.RANDOM)
 

@@ -69,7 +69,7 @@ class Judge:
         """Clips (B, 3, N, 64, 64) of every scene by a task, in [-1, 1]; it is given what it needs of the true clips.
 
         taus, plan: noise levels (K+1, F) and plan in place of the task's own, with all conditions clean. settings:
-        those of the preset's steps, shift, guidance and history_guidance that are to be others.
+        those of the preset's steps, shift, guidance, history_guidance and context_noise that are to be others.
         """
         preset, plan = dataclasses.replace(self.preset, **settings), plan or self.plan(task)
         taus = tasks.tau_schedule(plan.m, preset.steps, preset.shift, plan.d) if taus is None else taus
@@ -82,7 +82,7 @@ class Judge:
             x0 = sample.conditions(self.vae, plan, self._inputs(task, plan, truth), x1)
             if hasattr(network, "condition"):  # one that is told of the conditions in a way of its own
                 network.condition(x0, x1, given)
-            led = preset.guidance, preset.history_guidance, plan.m, x1
+            led = preset.guidance, preset.history_guidance, plan.m, x1, preset.context_noise
             made.append(flow.denoise(sample.guided_velocity(network, context, negative, *led), x0, x1, taus))
         return self.decode(torch.cat(made))
 

@@ -54,6 +54,7 @@ class Preset:
     shift: float = 5.0
     guidance: float = 3.0
     history_guidance: float = 1.0  # away from the video without its conditions; 1: off
+    context_noise: float = 0.0  # that conditions are told to have, as a share of the highest level
     noise: float | None = None  # m of every condition; None: the default of each task
     strength: float = 1.0  # of the LoRA in the model's own folder
     boundary: float = 0.875  # with two experts, the low-noise one takes the steps where every frame's tau is below this
@@ -65,9 +66,9 @@ class Preset:
     )
 
 
-_RANGES = {  # of a preset's fields
+_RANGES = {  # of a preset's numbers, where it is not 0 to 1
     "frames": (1, 1e6), "fps": (1e-3, 1e6), "steps": (1, 1e9), "shift": (1e-9, 1e9), "guidance": (0, 1e9),
-    "guidance_2": (0, 1e9), "history_guidance": (0, 1e9), "noise": (0, 1), "boundary": (0, 1), "strength": (-1e9, 1e9),
+    "guidance_2": (0, 1e9), "history_guidance": (0, 1e9), "strength": (-1e9, 1e9),
 }  # fmt: skip
 # The published text-to-video models; what Pusa samples them with differs in the size alone.
 SMALL, LARGE, TWO_EXPERTS = "Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-14B", "Wan-AI/Wan2.2-T2V-A14B"
@@ -233,7 +234,7 @@ class Opened:
             if not fits(value, kinds[name]):
                 kind = inspect.formatannotation(kinds[name])
                 raise ValueError(f"{path} has {name} {json.dumps(value)}, expected {kind}; mend or remove it")
-            least, greatest = _RANGES.get(name, (-math.inf, math.inf))
+            least, greatest = _RANGES.get(name, (0, 1))
             if fits(value, float) and not least <= value <= greatest:
                 raise ValueError(f"{path} has {name} {value}, expected {least:g} to {greatest:g}; mend or remove it")
         return replace(preset, **{**entries, "size": tuple(entries.get("size", preset.size))})
