@@ -51,10 +51,12 @@ def test_a_figure_that_another_claim_has_measured_is_copied_and_not_measured_aga
         other._of_another("zero_shot", "i2v, seed-0: error")
 
 
-def test_the_claims_know_no_history_guidance_whatever_the_model_is_sampled_with(config, monkeypatch):
-    monkeypatch.setattr(lab.checkpoint.Opened, "preset", lab.checkpoint.Preset(history_guidance=3.0, steps=7))
+def test_the_claims_know_no_guidance_but_the_paper_s_whatever_the_model_is_sampled_with(config, monkeypatch):
+    other = lab.checkpoint.Preset(history_guidance=3.0, context_noise=0.5, steps=7)
+    monkeypatch.setattr(lab.checkpoint.Opened, "preset", other)
     bench = lab.Lab(config, "vector")
-    assert (bench.opened.preset.history_guidance, bench.opened.preset.steps) == (1.0, 7)
+    preset = bench.opened.preset
+    assert (preset.history_guidance, preset.context_noise, preset.steps) == (1.0, 0.0, 7)
 
 
 def flags(config: lab.Config) -> list[str]:

@@ -391,6 +391,36 @@ def test_history_guidance_leads_away_from_the_video_without_its_conditions():
         torch.testing.assert_close(led, unprompted + 3 * (v - unprompted))
 
 
+@pytest.mark.parametrize("context_noise, told", [(0, 0.2), (0.1, 0.2), (0.5, 0.4), (1, 0.8)])
+@pytest.mark.parametrize("guidance, history", [(1, 1), (3, 1), (3, 2), (3, 3)])
+def test_context_noise_is_told_to_the_network_and_not_added(context_noise, told, guidance, history):
+    """The conditions' level is at least a share of the highest, but where history guidance has freed them."""
+    heard = []
+
+    class Network:
+        def prompt_keys(self, context):
+            return context
+
+        def __call__(self, z, tau, keys):
+            heard.append((tau[0].tolist(), torch.equal(z, given)))
+            return z
+
+    given, x1, c = torch.randn(1, 16, 3, 4, 4), torch.randn(1, 16, 3, 4, 4), torch.ones(1, 4, 8)
+    tau, m = torch.tensor([[0.2, 0.8, 0.1]]), torch.tensor([0.25, 1, 1])  # the last one is free, and nearly done
+    sample.guided_velocity(Network(), c, c, guidance, history, m, x1, context_noise)(given, tau)
+    with_conditions = [pytest.approx(levels) for levels, kept in heard if kept]
+    assert with_conditions == [[told, 0.8, 0.1]] * (2 if guidance != 1 and history != guidance else 1)
+    assert all(levels == pytest.approx([1, 0.8, 0.1]) for levels, kept in heard if not kept)
+
+
+def test_context_noise_changes_a_video_and_is_told(run, tmp_path):
+    files = [tmp_path / f"{name}.mp4" for name in ("none", "half")]
+    told = [run("--task", "i2v", "--context-noise", c, "--out", f).err for c, f in zip((0, 0.5), files, strict=True)]
+    assert "context noise" not in told[0] and "context noise 0.5" in told[1]
+    assert files[0].read_bytes() != files[1].read_bytes()
+    mistake(run("--context-noise", 1.5), "--context-noise 1.5", "[0, 1]")
+
+
 @pytest.mark.parametrize(
     ("task", "hidden"),
     [("complete", slice(5, 16)), ("extend", slice(0, 12)), ("prepend", slice(17, 25)), ("stream", slice(0, 12))],
