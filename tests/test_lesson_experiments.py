@@ -55,11 +55,11 @@ def check_errors(name: str, measured: Tensor) -> None:
 
 
 def test_the_mean_level_for_all_frames_does_harm(monkeypatch):
-    own = errors("extend", judge.DETERMINED["extend"])
+    own = errors("extend", judge.DETERMINED["extend"], context_noise=0.0)
     levels = vta.frame_levels
     monkeypatch.setattr(vta, "frame_levels", lambda *given: levels(*given).mean(1, keepdim=True).expand(*given[1:]))
     network = bench().transformer(MODEL / "lora.safetensors")
-    seen = world.measure(bench().videos(network, "extend"))
+    seen = world.measure(bench().videos(network, "extend", context_noise=0.0))
     mean = judge.centroid_errors(bench().scenes, seen, judge.DETERMINED["extend"])
     assert mean.mean() > 2 * own.mean() and mean.median() > own.median()
     worse = int((mean.mean(1) > own.mean(1)).sum())
@@ -84,7 +84,7 @@ def test_a_new_line_is_a_new_task(monkeypatch):
     frame = range(LAST, LAST + 1)
     free, base, led = errors("t2v", frame), errors("ending", frame, strength=0.0), errors("ending", frame)
     assert led.median() < 0.5 * base.median() < 0.5 * free.median()
-    assert (led > 5).sum() == 1 and "in one of sixteen scenes they do not" in README
+    assert (led > 5).sum() == 3 and "in three of sixteen scenes they do not" in README
     for name, error in (("`t2v`, which knows no image", free), ("`ending`, LoRA off", base), ("`ending`", led)):
         check_row(name, error.median().item())
 
@@ -93,7 +93,7 @@ def test_a_new_line_is_a_new_task(monkeypatch):
 def test_the_lora_helps_most_at_its_own_strength():
     found = {s: errors("extend", judge.DETERMINED["extend"], strength=s) for s in (0.0, 0.6, 1.2, 2.4)}
     middle, mean = ({s: of(error).item() for s, error in found.items()} for of in (torch.median, torch.mean))
-    assert middle[0.0] > 3 * middle[1.2] and middle[0.6] < 0.6 * middle[0.0]
+    assert middle[0.0] > 2 * middle[1.2] and middle[0.6] < 0.6 * middle[0.0]
     assert middle[2.4] > middle[1.2] and mean[2.4] > 1.5 * mean[1.2]
     for strength, error in found.items():
         check_errors(f"{strength:g}", error)

@@ -13,7 +13,7 @@ from toy import world
 from toy.judge import Judge
 
 # How many clips each makes of a scene.
-CLAIMS = {zero_shot: 16, schedules: 20, vector: 40, preservation: 12, retake: 5, context: 28}
+CLAIMS = {zero_shot: 16, schedules: 20, vector: 40, preservation: 12, retake: 5, context: 20}
 K, SHIFT = 10, 3.0
 OTHERS = (*schedules.ORDERLY, *schedules.RANDOM)
 

@@ -30,7 +30,7 @@ import flow
 import sample
 import tasks
 import train
-from paper import end_latent, history, lab, retake, stream, vbench, vector
+from paper import context, end_latent, history, lab, retake, stream, vbench, vector
 from play.__main__ import PlayConfig
 from support import cli, dataset, records, report
 from toy import grow, judge, world
@@ -363,6 +363,10 @@ def test_the_tables_of_what_was_measured_are_those_of_their_claims():
     for weights in history.WEIGHTS:
         errors = " | ".join(told(bench, f"{task} {{}} {{}}".format(*weights), " px") for task in history.TASKS)
         assert "| {}, {} | {} | {} |".format(*weights, sample.passes_a_step(*weights), errors) in README
+    bench = lab.Lab(lab.Config(), "context")
+    for n, share in enumerate(context.SHARES):
+        errors = " | ".join(told(bench, names[n], " px") for names in context.pairs("embedded").values())
+        assert f"| {share:g} | {errors} |" in README
     bench = lab.Lab(lab.Config(), "vector")
     for network, label in vector.NETWORKS.items():
         for heard in (vector.RIGHT, vector.SCALARS[0]):
@@ -429,7 +433,7 @@ def test_every_number_is_that_of_the_code():
         "https://arxiv.org/abs/2507.16116", "PUSA V1.0", "Wan2.1", "Wan2.2", "umT5", "fp32", "Python 3.10", "14B",
         "Apache License 2.0", "folds pixels 2x2", "causal 3D", "(n + 3) // 4", "8x8 pixels", "arXiv 2502.06764",
         "https://arxiv.org/abs/2502.06764", "NVIDIA H200", "torch 2.11", "arXiv 2509.25161", "arXiv 2509.22622",
-        "https://arxiv.org/abs/2509.25161", "https://arxiv.org/abs/2509.22622",
+        "https://arxiv.org/abs/2407.01392", "arXiv 2407.01392", "https://arxiv.org/abs/2509.25161", "https://arxiv.org/abs/2509.22622",
     )  # fmt: skip
     for name in names:
         text = text.replace(name, "")

@@ -167,13 +167,13 @@ def test_the_table_has_a_mean_and_a_spread_over_the_seeds(monkeypatch):
     scenes, opened, asked = [SCENES[0], PAIRS[0], SCENES[1], PAIRS[1]], checkpoint.open(MODEL, Wan), []
     judges = [judge.Judge(opened, scenes, part=part) for part in (slice(2), slice(2, 4))]
 
-    def figures(bench, network, seed, history_guidance):
-        asked.append((seed, history_guidance))
+    def figures(bench, network, seed, **settings):
+        asked.append((seed, settings.get("history_guidance"), settings.get("context_noise")))
         yield "what", "px", torch.tensor([[1.0 + seed], [10.0 + 4 * seed]])
 
     monkeypatch.setattr(judge, "figures", figures)
-    lines = judge.evaluate(judges, LORA, 3.0).splitlines()
-    assert asked == [(0, 1), (1, 1), (0, 1), (1, 1), (0, 3), (1, 3)]
+    lines = judge.evaluate(judges, LORA).splitlines()
+    assert asked == [(0, 1, 0), (1, 1, 0), (0, 1, 0), (1, 1, 0), (0, None, None), (1, None, None)]
     assert lines[-1] == "| what | px |" + " 1.5 ± 0.5 / 12.0 ± 2.0 |" * 3
     vae, truth = judges[0].vae, torch.stack([world.render(scene) for scene in scenes])
     assert f"| {judge.psnr(vae.decode(vae.encode(truth)), truth).mean():.1f} |" in lines[2]
@@ -184,7 +184,7 @@ def test_the_table_needs_no_gradients(monkeypatch):
     bench, needed = judge.Judge(checkpoint.open(MODEL, Wan), [SCENES[0], PAIRS[0]]), []
     monkeypatch.setattr(judge, "figures", lambda *_, **__: iter(()))
     monkeypatch.setattr(judge, "psnr", lambda a, b: needed.append(a.requires_grad) or torch.zeros(len(a)))
-    judge.evaluate([bench], LORA, 3.0)
+    judge.evaluate([bench], LORA)
     assert needed == [False]
 
 

@@ -36,7 +36,7 @@ TRANSFORMER = WanConfig(192, 768, 128, num_heads=4, num_layers=6, text_len=32, t
 ENCODER = text.T5Config(256, 64, 64, 128, num_heads=4, num_layers=2)  # its vocabulary is what the tokenizer learns
 PRESET = checkpoint.Preset(
     size=(world.SIDE, world.SIDE), frames=world.FRAMES, fps=world.FPS, steps=10, shift=3.0, guidance=3.0,
-    history_guidance=3.0, noise=0.0, strength=1.2, negative_prompt="",
+    history_guidance=3.0, context_noise=0.5, noise=0.0, strength=1.2, negative_prompt="",
 )  # fmt: skip
 _COUNT = 1, 10**9, "at least 1"
 

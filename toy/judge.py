@@ -190,17 +190,18 @@ def figures(judge: Judge, network: nn.Module, seed: int, **settings: float) -> I
             yield f"{task.replace('i2v', 'I2V')}: median centroid error {where}", "px", errors
 
 
-def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
-    """A Markdown table: the model without its LoRA, with it, and with history guidance too; a judge for each seed."""
+def evaluate(judges: Sequence[Judge], change: Path) -> str:
+    """A Markdown table: the model without its LoRA, with it, and as it is sampled; a judge for each seed."""
     rebuilt = torch.cat([psnr(judge.decode(judge.encode(judge.truth)), judge.truth) for judge in judges]).mean()
-    base, pusa = judges[0].transformer(), judges[0].transformer(change)
-    columns = ((base, {}), (pusa, {}), (pusa, {"history_guidance": history}))
+    base, pusa, preset = judges[0].transformer(), judges[0].transformer(change), judges[0].preset
+    plain = {"history_guidance": 1.0, "context_noise": 0.0}
+    columns = ((base, plain), (pusa, plain), (pusa, {}))
     progress, rows = cli.Progress(len(columns) * len(judges), "evaluating"), {}
     for network, settings in columns:
         cells: dict[str, list] = {}
         for seed, judge in enumerate(judges):
             two = torch.tensor([len(scene.things) > 1 for scene in judge.scenes])
-            for what, unit, values in figures(judge, network, seed, **{"history_guidance": 1.0, **settings}):
+            for what, unit, values in figures(judge, network, seed, **settings):
                 middle = torch.median if unit == "px" else torch.mean
                 halves = [middle(values[two == pair].float()).item() for pair in (False, True)]
                 cells.setdefault(f"{what} | {unit}", []).append(halves)
@@ -210,7 +211,8 @@ def evaluate(judges: Sequence[Judge], change: Path, history: float) -> str:
             mean, std = spread.mean(0).tolist(), spread.std(0, correction=0).tolist()
             told = " / ".join(f"{a:.1f} ± {b:.1f}" for a, b in zip(mean, std, strict=True))
             rows.setdefault(what, []).append(told)
-    head = ["what | unit", "LoRA off", "with the LoRA", f"and history guidance {history:g}"]
+    used = f"and history guidance {preset.history_guidance:g}, context noise {preset.context_noise:g}"
+    head = ["what | unit", "LoRA off", "with the LoRA", used]
     lines = [head, ["---"] * 5, ["VAE: reconstruction (PSNR) | dB", f"{rebuilt:.1f}", "the same", "the same"]]
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *([what, *told] for what, told in rows.items())])
 
@@ -220,7 +222,6 @@ class JudgeConfig:
     model: str = cli.option("checkpoints/tiny", "folder of the model, whose README.md gets the table")
     samples: int = cli.option(256, "scenes a row", (4, 10**6, "at least 4"))
     seeds: int = cli.option(3, "seeds of noise, which share out the scenes", (1, 1000, "at least 1"))
-    history: float = cli.option(3.0, "history guidance in the last column", (0, 1e9, "0 or more; 1 is off"))
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to compute in", choices=("auto", "float32", "bfloat16"))
     compile: bool = cli.option(False, "compile the transformers: faster, needs a C++ compiler")
@@ -234,7 +235,7 @@ def main() -> None:
     scenes, device = unseen_scenes(config.samples), cli.pick_device(config.device)
     parts = [slice(seed, None, config.seeds) for seed in range(config.seeds)]
     judges = [Judge(opened, scenes, device, config.dtype, part, config.compile) for part in parts]
-    table, preset = evaluate(judges, folder / "lora.safetensors", config.history), opened.preset
+    table, preset = evaluate(judges, folder / "lora.safetensors"), opened.preset
     readme = f"""# The embedded model
 
 A complete text-to-video model of Wan's architecture for 64x64 clips of 33 frames, grown from nothing by
