@@ -294,8 +294,8 @@ def guided_velocity(
     here, once for all steps; without guidance (1) there need be no ∅. m (F,): a plan's multipliers: the conditions h
     are the latent frames with less noise than others, which history guidance (arXiv 2502.06764) replaces by the noise
     x1 at τ = 1. Each weight that is not 1 costs one more pass a step; if both are equal, v(c, h) - v(∅, ∅) serves both.
-    The network is told that h have at least context_noise times the highest level, as in Diffusion Forcing (arXiv
-    2407.01392); they stay as clean as they are.
+    The network is told that h have at least context_noise times the highest level, and they stay as clean as they are:
+    what Diffusion Forcing (arXiv 2407.01392) says of generated frames, a little noise, is said of given ones.
     """
     prompts = (positive,) if guidance == 1 else (positive, negative)
     keys, *away_keys = (transformer.prompt_keys(p) if isinstance(p, Tensor) else p for p in prompts)
