@@ -11,6 +11,8 @@ model as it is sampled, with history guidance; and with the paper's LoRA, withou
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from paper.history import MORE, TASKS
 from paper.lab import Lab, Row, every, page
 from support import plots
@@ -24,9 +26,12 @@ def measure(lab: Lab) -> None:
         for task in tasks:
             for share in SHARES:
                 known = f"history: {task} 3 3" if network == "embedded" else f"zero_shot: {task}, {network}: error"
-                settings = {"history_guidance": history, "context_noise": share}
-                measured = partial(lab.error, lab.network(network), task, **settings)
+                measured = partial(_error, lab, network, task, history_guidance=history, context_noise=share)
                 lab.figure(f"{network}, {task}: {share:g}", measured, "" if share else known)
+
+
+def _error(lab: Lab, network: str, task: str, seed: int, **settings: float) -> Tensor:
+    return lab.error(lab.network(network), task, seed, **settings)
 
 
 def pairs(network: str) -> dict[str, list[str]]:
