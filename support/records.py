@@ -52,7 +52,7 @@ def read(path: Path, config_class: type[Config]) -> Config:
         config = cli.check(config_class(**entries))
         missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
         if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"it lacks settings such as {', '.join(sorted(missing)[:8])}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no record of a run, expected a JSON file that sample.py wrote: {error}") from None
     return config
