@@ -39,20 +39,19 @@ LATENTS = 16, 9, world.SIDE // 8, world.SIDE // 8
 def measure(lab: Lab) -> None:
     """Image-to-video at every budget and without training, and text-to-video of four networks."""
 
-    def error(name: str, make: Callable[[], nn.Module], taus: Tensor | None = None, same: str = "") -> None:
+    def error(name: str, make: Callable[[], nn.Module], same: str = "", **settings: float | Tensor) -> None:
         network = cache(make)  # only if something is left to measure
-        lab.figure(name, lambda seed: lab.error(network(), "i2v", seed, taus=taus), same)
+        lab.figure(name, lambda seed: lab.error(network(), "i2v", seed, **settings), same)
 
     flat = i2v.one_level(lab)
     error(CLAMPED, lab.judge.transformer, same="zero_shot: i2v, base: error")
-    told = f"vector: i2v, base: {vector.SCALARS[0]}"
-    error(HIDDEN, lambda: vector.Told(lab.judge.transformer(), [0], highest=True), same=told)
-    error(REPLACED, lambda: i2v.Replacement(lab.judge.transformer()), flat)
+    error(HIDDEN, lab.judge.transformer, same=f"vector: i2v, base: {vector.SCALARS[0]}", context_noise=1.0)
+    error(REPLACED, lambda: i2v.Replacement(lab.judge.transformer()), taus=flat)
     for steps in reversed(lab.few(BUDGETS)):
         same = "zero_shot: i2v, seed-0: error" if steps == STEPS else ""
         error(f"{PUSA}, {steps} steps", partial(_pusa, lab, steps), same=same)
     for steps in reversed(lab.few(i2v.BUDGETS)):
-        error(f"{FINETUNE}, {steps} steps", partial(i2v.finetuned, lab, steps), flat)
+        error(f"{FINETUNE}, {steps} steps", partial(i2v.finetuned, lab, steps), taus=flat)
     ways = lab.judge.transformer, lab.pusa, partial(_pusa, lab, BUDGETS[-1]), partial(i2v.finetuned, lab)
     known = "preservation: as prompted, 0", "preservation: as prompted, 1", "", ""
     for name, make, same in zip(T2V, ways, known, strict=True):
