@@ -261,8 +261,8 @@ def test_the_whole_runs_and_its_orders_are_right(config):
     strengths, extend = (ablation.curves(varied)[name] for name in ("rank 32", "p_async, extend"))
     assert varied.middle(strengths[1].name) < varied.middle(strengths[0].name), "Pusa against the base, from an image"
     assert varied.middle(extend[1].name) < varied.middle(extend[0].name), "Pusa against two steps, from a clip"
-    pusa, base = (lab.Lab(config, "mechanism").middle(mechanism.taken_name(name, 0.0)) for name in ("Pusa", "base"))
-    assert pusa < base
+    pusa, base = (lab.Lab(config, "mechanism").middle(mechanism.known_name(name, 0.0)) for name in ("Pusa", "base"))
+    assert pusa > base
 
 
 # Ablation
@@ -273,15 +273,17 @@ def test_the_ablation_varies_one_setting_at_a_time(config, monkeypatch, tmp_path
 
     def evaluate(bench: lab.Lab, run: ablation.Run, seed: int) -> torch.Tensor:
         asked.append((run, seed))
-        worse = {"rank-4": 2.0, "async-0": 4.0, "steps-1600": 0.5, "base": 1.0}.get(run.lora, 0.0)
+        worse = {"rank-4": 2.0, "rank-128": -0.5, "async-0": 4.0, "steps-1600": 0.5, "base": 1.0}.get(run.lora, 0.0)
         error = 3 + worse + abs(run.strength - 1.7) + 10 / run.steps + 4 * run.m + 0.001 * seed
         return torch.full((bench.scenes,), 100 - error if run.task == "t2v" else error)
 
     monkeypatch.setattr(ablation, "evaluate", evaluate)
     bench = lab.Lab(dataclasses.replace(config, quick=False), "ablation")
     ablation.measure(bench)
-    assert len(asked) == len(set(asked)) == 3 * 45
-    assert {sum(a != b for a, b in zip(run, ablation.Run(), strict=True)) for run, _ in asked} == {0, 1, 2}
+    assert len(asked) == len(set(asked)) == 3 * 47
+    varied = {run: sum(a != b for a, b in zip(run, ablation.Run(), strict=True)) for run, _ in asked}
+    assert set(varied.values()) == {0, 1, 2, 3}
+    assert {run.lora for run, count in varied.items() if count == 3 or run.context_noise} == {"async-0"}
     holds = {row.claim.partition(":")[0].partition(" (")[0]: row.holds for row in ablation.rows(bench)}
     assert holds == {
         "10 steps of sampling suffice": False, "a strength above 1 is better than 1": True,
@@ -298,11 +300,11 @@ def test_an_evaluation_is_what_its_run_says(config):
     bench, asked = lab.Lab(config, "ablation"), []
     bench.judge_of = lambda part: SimpleNamespace(preset=bench.opened.preset, plan=Judge.plan)
     bench.network = lambda *network: network
-    bench.error = lambda network, task, seed, taus: asked.append((network, task, seed, taus)) or torch.ones(4)
+    bench.error = lambda network, task, seed, **settings: asked.append((network, task, seed, settings)) or torch.ones(4)
     ablation.evaluate(bench, ablation.Run("extend", "rank-2", 1.4, 5, 0.2), 7)
-    (network, task, seed, taus), sigma = asked[0], flow.sigma_schedule(5, 3.0)
-    assert (network, task, seed) == (("rank-2", 1.4), "extend", 7)
-    assert torch.allclose(taus, sigma[:, None] * torch.tensor([0.2] * 4 + [1.0] * 5))
+    (network, task, seed, settings), sigma = asked[0], flow.sigma_schedule(5, 3.0)
+    assert (network, task, seed, settings["context_noise"]) == (("rank-2", 1.4), "extend", 7, 0)
+    assert torch.allclose(settings["taus"], sigma[:, None] * torch.tensor([0.2] * 4 + [1.0] * 5))
 
 
 # Mechanism

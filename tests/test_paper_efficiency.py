@@ -109,13 +109,14 @@ def test_an_error_that_no_budget_reaches_is_a_mistake():
 
 
 class _Lab:
-    """Figures as if they had been measured."""
+    """Figures as if they had been measured; luck: how much higher the error of each further seed of training is."""
 
     seeds = (0, 1)
 
-    def __init__(self, pusa, finetune):
+    def __init__(self, pusa, finetune, luck=1.0):
         self.errors = {f"{efficiency.PUSA}, {n} steps": error for n, error in zip(lab.BUDGETS, pusa, strict=True)}
         self.errors |= {f"{efficiency.FINETUNE}, {n} steps": e for n, e in zip(i2v.BUDGETS, finetune, strict=True)}
+        self.errors |= {name: self.errors[efficiency.SEEDS[0]] * luck**n for n, name in enumerate(efficiency.SEEDS)}
 
     def few(self, values):
         return values
@@ -132,16 +133,25 @@ def test_the_ratio_is_taken_at_the_lowest_error_that_both_reach():
     assert found[:] == (0.16, 0.16, 0.16, 4, "") and found.more is False, "here the finetune needs 256"
     assert efficiency.ratio(_Lab([2] * 8, falling)).bound == "at least ", "Pusa may have been there before 12 steps"
     assert efficiency.ratio(_Lab(falling, [2] * 8)).bound == "at most "
-    assert efficiency.ratio(_Lab([2] * 8, [2] * 8)).bound == "about "
+    same = efficiency.ratio(_Lab([2] * 8, [2] * 8))
+    assert same.bound == "about " and same.more is None and same.low > 1, "both may have been there before"
 
 
 def test_the_ratio_tells_how_far_the_scenes_agree():
     bench, random = _Lab([9] * 8, [9] * 8), torch.Generator().manual_seed(0)
     falling = {name: 8 - 7 * n / 8 for way in (lab.BUDGETS, i2v.BUDGETS) for n, name in enumerate(way)}
-    errors = {name: falling[int(name.split()[-2])] + torch.randn(40, generator=random) for name in bench.errors}
+    steps = {name: int(name.partition(" steps")[0].split()[-1]) for name in bench.errors}
+    errors = {name: falling[n] + torch.randn(40, generator=random) for name, n in steps.items()}
     bench.values = lambda name: [errors[name].tolist()]
     found = efficiency.ratio(bench)
     assert found.low < found.told < found.high and found.more is None
+
+
+def test_the_ratio_tells_how_far_the_luck_of_trainings_reaches():
+    falling, late = [8, 7, 6, 5, 4, 3, 2, 1], [9, 9, 9, 9, 9, 9, 9, 3]
+    little, much = (efficiency.ratio(_Lab(falling, late, luck)) for luck in (1.01, 2.0))
+    assert little.told == much.told == 4 and little.more is True and much.more is None
+    assert much.low < little.low < 4 < little.high < much.high
 
 
 class _Measured(lab.Lab):
