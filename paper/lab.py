@@ -5,6 +5,7 @@ for every number; what has been measured is in `paper/results/CLAIM.json` at onc
 The first of its rows says the most. Processes that measure different claims may share all folders.
 """
 
+import hashlib
 import json
 import shutil
 import statistics
@@ -88,6 +89,7 @@ class Lab:
         preset = self.opened.preset
         self.terms = {  # on which figures can be compared
             "scenes": self.scenes, "seeds": list(self.seeds), "model": config.model, "dtype": config.dtype,
+            "weights": {"base": digest(config.model, "*/*"), "LoRA": digest(config.model, "*")},
             "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
         }  # fmt: skip
         record = self._record(self.path)
@@ -126,7 +128,13 @@ class Lab:
         """
         if name == "seed-0" and self.config.quick:
             return Path(self.config.model) / "lora.safetensors"
-        out = Path(self.config.work) / name
+        out, known = Path(self.config.work) / name, Path(self.config.work) / "base.json"
+        with alone(known):  # a LoRA of another base would be a wrong one
+            if not known.exists():
+                cli.write_json(known, {"weights": self.terms["weights"]["base"]})
+            trained = json.loads(known.read_text(encoding="utf-8"))["weights"]
+        got = f"{out.parent}, where LoRAs of a {self.config.model} with other weights are"
+        cli.expect(trained == self.terms["weights"]["base"], got, "another folder for --work")
         settings = {"steps": STEPS, "batch": BATCH, "rank": RANK} | TRAININGS[name]
         settings |= {"steps": 2, "batch": 4} if self.config.quick else {}
         training = train.TrainConfig(
@@ -259,6 +267,15 @@ class Lab:
 
     def told(self, name: str, unit: str = "px", median: bool = True) -> str:
         return f"{self.middle(name, median):.2f} ± {self.spread(name, median):.2f} {unit}"
+
+
+@lru_cache
+def digest(model: str, pattern: str) -> str:
+    """A fingerprint of those weights in a model's folder that match a pattern."""
+    found = hashlib.sha256()
+    for path in sorted(Path(model).glob(f"{pattern}.safetensors")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def every(verdicts: Iterable[bool | None]) -> bool | None:

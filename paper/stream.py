@@ -81,8 +81,7 @@ def generate(
         rolled = roll(velocity, list(start.split(1, 2)), noise, preset.steps, preset.shift)
         return torch.cat([start, *islice(rolled, F - GIVEN)], dim=2)
     plan, made = tasks.plan("stream", WINDOW, videos=1), None
-    steps = math.ceil(preset.steps / (1 - plan.d.max().item()) - 1e-6)
-    taus = tasks.tau_schedule(plan.m, steps, preset.shift, plan.d)
+    taus = sample.walked(plan.m, preset.steps, preset.shift, plan.d)
     job = sample.Job([plan], [taus], F, GIVEN, False, [], None)
     while made is None or made.shape[2] < F:
         x1 = draw(WINDOW)

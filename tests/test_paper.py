@@ -124,6 +124,19 @@ def test_figures_measured_on_other_terms_are_neither_taken_over_nor_lost(config,
     assert bench.path.read_bytes() == before and lab.Lab(config, "x").figures
 
 
+def test_figures_and_loras_of_other_weights_are_not_taken_for_those_of_these(config, monkeypatch):
+    config = dataclasses.replace(config, quick=False, scenes=4)
+    monkeypatch.setattr(grow, "train_or_resume", lambda training, prepare, result: None)
+    bench = lab.Lab(config, "x")
+    bench.figure("one", lambda seed: torch.ones(4))
+    bench.lora("rank-4")
+    monkeypatch.setattr(lab, "digest", lambda model, pattern: "other")
+    with pytest.raises(ValueError, match="weights {'base': 'other', .* for .*x.json"):
+        lab.Lab(config, "x")
+    with pytest.raises(ValueError, match="other weights .* another folder for --work"):
+        lab.Lab(config, "y").lora("rank-128")
+
+
 def test_a_figure_is_below_another_if_the_scenes_tell_it(config):
     bench, values = lab.Lab(config, "x"), torch.rand(64, generator=torch.Generator().manual_seed(0)).tolist()
     wavering = [value + (0.3 if n % 2 else -0.3) for n, value in enumerate(values)]
