@@ -29,7 +29,7 @@ def interpolate(x0: Tensor, x1: Tensor, tau: Tensor) -> Tensor:
 def shifted(u: Tensor | float, shift: float) -> Tensor | float:
     """σ(u) = s·u / (1 + (s-1)·u): a noise level u in [0,1] moved towards 1 by the shift s > 0; s = 1 moves nothing."""
     if not 0 < shift < math.inf:
-        raise ValueError(f"got shift {shift}, expected a number above 0: Wan is trained and sampled at 5")
+        raise ValueError(f"got shift {shift}, expected a number above 0, such as Pusa's 5")
     return shift * u / (1 + (shift - 1) * u)
 
 

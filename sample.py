@@ -1,7 +1,7 @@
 """Sample: make a video by a task of `tasks.py`, on the embedded model or on any Wan text-to-video model.
 
 The task says which latent frames are given and how noisy they stay; the text encoder turns the prompt into embeddings;
-`flow.denoise` walks the table of noise levels; the VAE turns latents into pixels. `extend`, `prepend` and `stream` make
+`flow.euler` walks the table of noise levels; the VAE turns latents into pixels. `extend`, `prepend` and `stream` make
 a longer video window by window, each from the edge of the one before. The large parts are in memory one after another:
 the text encoder, the transformer and, in a model of two experts, the other transformer.
 
@@ -34,19 +34,16 @@ from support import cli, cost, offload, records
 from wan import checkpoint
 
 TURN = 8  # how many clips one of two experts works on before the other is loaded
-_ABOVE_0 = (1e-9, 1e9, "a number above 0, such as 16")
 _GUIDANCE = (0, 1e9, "0 or more; 1 is without guidance")
-_SIGMA = (0, 1, "a noise level in [0, 1], such as 0.875")
+_SHARE = (0, 1, "a number in [0, 1], such as 0.5")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     task: str = cli.option("extend", "what to make", choices=tuple(tasks.TASKS))
     model: str = cli.option("checkpoints/tiny", "folder or Hugging Face repository of a Wan text-to-video model")
-    lora: tuple[str, ...] | None = cli.option(
-        None, "LoRAs, each PATH or PATH:STRENGTH; high=PATH or low=PATH is for one expert (default: the model folder's "
-        "own; none with --prompts)", nargs="+", action="extend",
-    )  # fmt: skip
+    lora: tuple[str, ...] | None = cli.option(None, "LoRAs, each PATH or PATH:STRENGTH; high=PATH or low=PATH is for "
+        "one expert (default: the model folder's own; none with --prompts)", nargs="+", action="extend")  # fmt: skip
     no_lora: bool = cli.option(False, "run the base model alone")
     prompt: str | None = cli.option(None, "what the video shows (default: the caption beside the clip)")
     prompts: str | None = cli.option(None, "t2v: file with a prompt a line; the folder --out gets a clip of each")
@@ -60,18 +57,18 @@ class SampleConfig:
     end_latent: str = cli.option("group", "encode a later image with 4 still ones, or alone", choices=("group", "lone"))
     only_new: bool = cli.option(False, "extend, prepend, retake: write what was made without the whole clip around it")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 (default: the model's)")
-    seconds: float | None = cli.option(None, "length in seconds, instead of --frames", _ABOVE_0)
+    seconds: float | None = cli.option(None, "length in seconds, instead of --frames", cli.POSITIVE)
     size: str | None = cli.option(None, "pixels as WxH (default: as many as the model's, in the first input's shape)")
-    fps: float | None = cli.option(None, "frames a second, read and written (default: the model's)", _ABOVE_0)
+    fps: float | None = cli.option(None, "frames a second, read and written (default: the model's)", cli.POSITIVE)
     preset: str | None = cli.option(
         None, "steps, shift and guidance: Wan's own, or for a LoRA of few steps", choices=tuple(checkpoint.PRESETS)
     )
-    steps: int | None = cli.option(None, "sampling steps K (default: the model's)", (1, 1e9, "at least 1"))
+    steps: int | None = cli.option(None, "sampling steps K (default: the model's)", cli.COUNT)
     guidance: float | None = cli.option(None, "guidance scale; 1 is off (default: the model's)", _GUIDANCE)
-    history_guidance: float | None = cli.option(None, "guidance to the conditions; 1: off (default: own)", _GUIDANCE)
-    context_noise: float | None = cli.option(None, "noise that conditions are said to have (default: own)", _SIGMA)
+    history_guidance: float | None = cli.option(None, "the same, to the conditions (default: the model's)", _GUIDANCE)
+    context_noise: float | None = cli.option(None, "noise said of conditions, a share (default: the model's)", _SHARE)
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
-    boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SIGMA)
+    boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SHARE)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
     tau: str | None = cli.option(None, "file with a table of noise levels to walk, steps down, latent frames across")
     seed: int = cli.option(0, "seed of the noise", cli.SEED)
@@ -100,11 +97,12 @@ def resolve(config: SampleConfig, opened: checkpoint.Opened, strength: float | N
 
     strength: of each LoRA that is given without one, in place of the usual.
     """
-    for one, other in (("seconds", "frames"), ("lora", "no_lora")):
+    for one, other in (("seconds", "frames"), ("lora", "no_lora"), ("tau", "steps"), ("tau", "shift")):
         if getattr(config, one) and getattr(config, other) not in (None, False):
             raise ValueError(f"got --{one} and --{other.replace('_', '-')}, expected one of the two")
     task, as_long_as_the_clip = tasks.TASKS[config.task], config.frames is None and config.seconds is None
     values = opened.settings(config.preset, config.task, config.guidance)
+    values |= {"steps": None, "shift": None} if config.tau else {}  # the table says both
     size, values["noise"] = values.pop("size"), values["noise"] if task.noise else None
     config = replace(config, negative_prompt=records.from_file(config.negative_prompt))
     loras, own, device = config.lora, opened.folder / "lora.safetensors", cli.pick_device(config.device)
@@ -165,14 +163,20 @@ def lay_out(config: SampleConfig, longest: int) -> Job:
         if fresh < 1:
             raise ValueError(f"got windows of {window} latent frames, expected at least {carried + 2} to go on from")
         plans += [following] * math.ceil((F - window) / fresh)
-    # A frame takes 1 - d_max of the run, so delays add steps. 1e-6: floating-point error must not add one more.
-    steps = [math.ceil(config.steps / (1 - plan.d.max().item()) - 1e-6) for plan in plans]
-    taus = [tasks.tau_schedule(plan.m, K, config.shift, plan.d) for plan, K in zip(plans, steps, strict=True)]
-    if config.tau is not None:
+    if config.tau is None:
+        taus = [walked(plan.m, config.steps, config.shift, plan.d) for plan in plans]
+    else:
         cli.expect(len(plans) == 1, f"--tau for a video of {len(plans)} windows", "one: leave out --frames or --tau")
+        cli.expect(Path(config.tau).is_file(), f"--tau {config.tau}", "a file with a table of noise levels")
         taus = [records.read_table(Path(config.tau).read_text(encoding="utf-8", errors="replace"), F)]
     given = records.given_frames(first, F, backwards, may_change=not tasks.TASKS[config.task].noise)
     return Job(plans, taus, F, carried, backwards, given, records.around(config, first, F))
+
+
+def walked(m: Tensor, K: int, shift: float, d: Tensor) -> Tensor:
+    """The table of noise levels of a plan's m and d (F,), with more steps than K if frames are to take K each."""
+    # A frame takes 1 - d_max of the run, so delays add steps. 1e-6: floating-point error must not add one more.
+    return tasks.tau_schedule(m, math.ceil(K / max(0.01, 1 - d.max().item()) - 1e-6), shift, d)
 
 
 def read_inputs(config: SampleConfig, plan: tasks.Plan) -> list[Tensor]:
@@ -238,15 +242,11 @@ class Experts:
         on_step: flow.OnStep = None,
     ) -> Tensor:  # fmt: skip
         """From conditions x0 and noise x1 (B, 16, F, H, W) to latents, for B prompts; m (F,): a plan's multipliers."""
-        z: list[Tensor | None] = [None] * len(prompts)
+        z = list(flow.interpolate(x0, x1, taus[:1].to(x1.device)).split(1))
         for expert, guidance, part in legs(self.config, taus):  # one expert after the other
             for i, prompt in enumerate(prompts):
                 # A velocity with a name here would keep its transformer in memory while the next one is loaded.
-                how = prompt, expert, guidance, m, x1[i, None]
-                if z[i] is None:
-                    z[i] = flow.denoise(self._guided(*how), x0[i, None], x1[i, None], part, on_step)
-                else:
-                    z[i] = flow.euler(self._guided(*how), z[i], part, on_step)
+                z[i] = flow.euler(self._guided(prompt, expert, guidance, m, x1[i, None]), z[i], part, on_step)
         return torch.cat(z)
 
 
@@ -370,6 +370,7 @@ def sample(config: SampleConfig) -> dict[str, Path]:
         runs[labels] = cell, lay_out(cell, opened.preset.frames)
     if config.dry_run:
         for labels, (cell, job) in runs.items():
+            read_inputs(cell, job.plans[0])  # is it all there?
             print(*labels, records.told(cell, job.taus), estimate(cell, opened, job), sep="\n\n")
         return {}
     return _sample_runs(config, opened, runs) if config.prompts is None else _sample_each(opened, *runs.popitem()[1])
@@ -422,7 +423,7 @@ def _sample_each(opened: checkpoint.Opened, config: SampleConfig, job: Job) -> d
 
 def estimate(config: SampleConfig, opened: checkpoint.Opened, job: Job) -> str:
     """The memory and time that a run would take, in words. ValueError for a LoRA that does not fit."""
-    passes = records.clips_asked(config) * sum(
+    passes = (1 if config.prompts is None else len(records.prompts(config))) * sum(
         (len(part) - 1) * passes_a_step(guidance, config.history_guidance if plan.m.min() < plan.m.max() else 1)
         for plan, taus in zip(job.plans, job.taus, strict=True) for _, guidance, part in legs(config, taus)
     )  # fmt: skip

@@ -142,7 +142,7 @@ def cut(slot: Slot, pixels: Tensor) -> Tensor:
     if slot.source == "image":
         return pixels[:, :, :1].expand(-1, -1, slot.frames, -1, -1)
     n = pixels.shape[2]
-    expect(n >= slot.frames, f"a clip of {n} frames", f"at least {slot.frames}: give a longer one, or let it fill less")
+    expect(n >= slot.frames, f"a clip of {n} frames", f"at least {slot.frames}: give a longer one, or less --noise")
     return pixels[:, :, : slot.frames] if slot.source == "head" else pixels[:, :, -slot.frames :]
 
 
@@ -157,9 +157,9 @@ class Config:
 def main() -> None:
     config = parse(Config, __doc__)
     F = latent_frames(config.frames)
-    for name, task in TASKS.items():
-        at, stretch = (0, F // 2, F - 1) if name == "keyframes" else (), (F, 3 * F) if name == "retake" else None
-        m, d, slots = plan(name, F, at=at, stretch=stretch)
+    at, stretch = {"keyframes": (0, F // 2, F - 1)}, {"retake": (F, 3 * F)}
+    plans = [plan(name, F, at=at.get(name, ()), stretch=stretch.get(name)) for name in TASKS]
+    for (name, task), (m, d, slots) in zip(TASKS.items(), plans, strict=True):
         taus = tau_schedule(m, config.steps, config.shift, d)
         marks = [(slot.source, slot.positions) for slot in slots]
         with replacing(f"{config.out}/{name}.png") as path:

@@ -35,9 +35,7 @@ from support.dataset import Dataset
 from wan import checkpoint
 from wan.checkpoint import Opened
 
-_COUNT = (1, 10**9, "at least 1")
 _PROBABILITY = (0, 1, "a probability in [0, 1]")
-_POSITIVE = (1e-9, 1e9, "a number above 0")
 _RATE = (1e-300, 1 - 1e-9, "a number between 0 and 1, such as 1e-3")
 _LEVEL = (1e-9, 1 - 1e-9, "a noise level between 0 and 1, such as 0.875")
 Prepare = Callable[[Opened, "TrainConfig", nn.Module | None], Dataset]  # the module: a text encoder to be trained
@@ -53,16 +51,16 @@ class TrainConfig:
     size: str | None = cli.option(None, "pixels as WxH (default: the model's); others get as many in their shape")
     buckets: bool = cli.option(True, "keep about the shape of each clip; --no-buckets crops all to --size")
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 of a window (default: the model's own)")
-    rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B", _COUNT)
-    alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", _POSITIVE)
+    rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B", cli.COUNT)
+    alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", cli.POSITIVE)
     lr: float = cli.option(1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B", _RATE)
-    steps: int = cli.option(300, "optimizer steps", _COUNT)
-    batch: int = cli.option(8, "windows a step", _COUNT)
-    accumulate: int = cli.option(1, "parts that a step's batch is taken in, one after another, to save memory", _COUNT)
+    steps: int = cli.option(300, "optimizer steps", cli.COUNT)
+    batch: int = cli.option(8, "windows a step", cli.COUNT)
+    accumulate: int = cli.option(1, "parts that a step's batch is taken in, one by one, to save memory", cli.COUNT)
     gradient_checkpointing: bool = cli.option(False, "compute each block again in the backward pass, to save memory")
     p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level", _PROBABILITY)
     two_levels: bool = cli.option(False, "PTSS: such a frame takes one of two levels, not a level of its own")
-    shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Wan's", _POSITIVE)
+    shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Pusa's", cli.POSITIVE)
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
     drop_caption: float = cli.option(0.1, "probability of training without the caption, for guidance", _PROBABILITY)
     expert: str | None = cli.option(None, "which of Wan2.2's two transformers to train", choices=("high", "low"))
@@ -71,12 +69,12 @@ class TrainConfig:
     from_scratch: bool = cli.option(False, "with --full: start from random weights, and train the text encoder too")
     muon: bool = cli.option(False, "with --full: train the blocks' matrices by Muon, faster from scratch than AdamW")
     save_every: int = cli.option(200, "steps between saves of the training state")
-    keep: int = cli.option(2, "how many of the last states to keep", _COUNT)
+    keep: int = cli.option(2, "how many of the last states to keep", cli.COUNT)
     val_every: int = cli.option(100, "steps between validations")
     sample_every: int = cli.option(0, "steps between filmstrips of a fixed seed; 0: only at the end")
     resume: bool = cli.option(False, "go on from the last state in --out (default: the last runs/pusa-NNN)")
     dry_run: bool = cli.option(False, "print clips, buckets, parameters and memory, and stop")
-    gpus: int = cli.option(1, "with --dry-run: GPUs that share batch, weights and optimizer", _COUNT)
+    gpus: int = cli.option(1, "with --dry-run: GPUs that share batch, weights and optimizer", cli.COUNT)
     compile: bool = cli.option(False, "compile the network: slow to start, then faster (needs a C++ compiler)")
     seed: int = cli.option(0, "seed of everything random", cli.SEED)
     device: str | None = cli.option(None, "device (default: a GPU if there is one)")
@@ -247,9 +245,9 @@ def validate(network: nn.Module, clips: Dataset, device: str, dtype: torch.dtype
             x1, tau = (torch.stack(part).to(device) for part in noised)
             with _autocast(device, dtype):
                 velocity = network(flow.interpolate(x0, x1, tau), tau, clips.context([clips.prompts[i] for i in shown]))
-            for k, (kind, t) in enumerate(mine):
-                counted = (slice(k, k + 1), slice(None), slice(1, 2) if kind == "copy" else slice(None))
-                losses[kind, t] = flow.fafm_loss(velocity[counted], x0[counted], x1[counted], tau[counted[::2]]).item()
+            errors = (velocity.float() - (x1 - x0)).square()
+            for error, (kind, t) in zip(errors, mine, strict=True):
+                losses[kind, t] = (error[:, 1:2] if kind == "copy" else error).mean().item()
     losses = {asked: loss for found in distributed.gather(losses) for asked, loss in found.items()}
     return {kind: torch.tensor([losses[kind, t] for t in range(T)]) for kind in kinds}
 

@@ -5,7 +5,7 @@ one level for each latent frame: the same embedding is computed F times, and the
 are applied frame by frame. They stay `(B, F, 1, D)` and are broadcast over the S tokens of `(B, F, S, D)`; copied to
 tokens, a block's six would take 4 GB at 14B, 480p, 81 frames. With τ equal on all frames this is the base model, to
 the bit. Timesteps and modulation are fp32 whatever the network computes in: bf16 would tell apart only 294 of the 1000
-timesteps of a schedule with shift 5. From "PUSA V1.0", arXiv 2507.16116, section 4.2.
+timesteps of a schedule with shift 5. From "PUSA V1.0", arXiv 2507.16116, section 4.2; first in FVDM, arXiv 2410.03160.
 """
 
 import torch

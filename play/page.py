@@ -20,15 +20,17 @@ from support import cli, media, plots, records
 from toy import world
 
 HERE = Path(__file__).parent
-GUIDE = {  # what each step shows, and what it sets: the task, the LoRA (1) or none (0), and how far frames lag behind
+# What each step shows, and what it sets: task, LoRA (1) or none (0), how far frames lag behind, and context noise.
+GUIDE = {
     "1 · All frames alike": ("One noise level for the whole video: every row of the table has one colour. The base "
-                             "model was trained so, and the prompt alone decides what comes.", "t2v", 1, 0.0),
+                             "model was trained so, and the prompt alone decides what comes.", "t2v", 1, 0.0, None),
     "2 · Clamp the first frame": ("The first frame is given: its m is 0, its column stays clean. But the base model "
-                                  "never saw unequal levels, and what follows ignores the picture.", "i2v", 0, 0.0),
+                                  "never saw unequal levels, and what follows ignores the picture. (Context noise, "
+                                  "which would hide them from it, is off.)", "i2v", 0, 0.0, 0.0),
     "3 · The same with the LoRA": ("Same picture, same noise. The LoRA was trained with frames at unequal levels: now "
-                                   "the video goes on from the picture.", "i2v", 1, 0.0),
+                                   "the video goes on from the picture.", "i2v", 1, 0.0, 0.0),
     "4 · A schedule of your own": ("Frames begin one after another: see the staircase. Now change any m or d in the "
-                                   "table, or drop a picture on a frame, and press Run.", "i2v", 1, 0.6),
+                                   "table, or drop a picture on a frame, and press Run.", "i2v", 1, 0.6, None),
 }  # fmt: skip
 EXAMPLE = "00009.mp4"  # the clip of the guided steps
 KINDS = {  # the choices that make a caption of the toy world
@@ -60,7 +62,7 @@ class Page:
             self.inputs = {
                 self.task, self.board, self.steps, self.shift, self.free, self.clip, self.clip_2, self.between,
                 self.prompt,
-                self.guidance, self.history, self.seed, *self.strengths, self.both, self.last,
+                self.guidance, self.history, self.context, self.seed, *self.strengths, self.both, self.last,
             }  # fmt: skip
             self._connect()
 
@@ -113,6 +115,8 @@ class Page:
             self.seed = gr.Number(start.seed, label="seed", precision=0, min_width=90, elem_id="seed")
             self.guidance = gr.Slider(0, 10, start.guidance, label="guidance", elem_id="guidance", **wide)
             self.history = gr.Slider(0, 10, start.history_guidance, label="history guidance", elem_id="history", **wide)
+            self.context = gr.Slider(0, 1, start.context_noise, step=0.05, label="context noise: what conditions are "
+                                     "said to have, as a share", elem_id="context", min_width=160)  # fmt: skip
             self.strengths = [
                 gr.Slider(0, 3, strength, label=f"{Path(path).stem} {expert} strength", elem_id=f"strength-{i}", **wide)
                 for i, (expert, path, strength) in enumerate(self.studio.loras)
@@ -159,7 +163,7 @@ class Page:
         self.go.click(self.on_run, self.inputs, results, **quiet)
         for button, step in zip(self.guides, GUIDE.values(), strict=True):
             guided = button.click(lambda values, step=step: self.on_guide(values, *step[1:]), self.inputs,
-                                  [*preset, *self.strengths], **quiet)  # fmt: skip
+                                  [*preset, *self.strengths, self.context], **quiet)  # fmt: skip
             guided.then(self.on_run, self.inputs, results, **quiet)
         for button in (self.go, *self.guides):  # on a small screen the results are far below
             button.click(None, js="() => setTimeout(() => document.querySelector('#run').scrollIntoView(), 300)")
@@ -174,6 +178,7 @@ class Page:
             pictures={i: own(path) for i, path in enumerate(board["files"]) if path},
             m=tuple(board["m"]), d=tuple(board["d"]), steps=int(values[self.steps]), shift=float(values[self.shift]),
             guidance=float(values[self.guidance]), history=float(values[self.history]),
+            context=float(values[self.context]),
             seed=int(values[self.seed] or 0),
             strengths=tuple(float(values[slider]) for slider in self.strengths), between=values[self.between],
             painted=torch.tensor(board["taus"]) if values[self.free] else None,
@@ -282,7 +287,7 @@ class Page:
         shown = self._preset(lambda: self._as_usual(self._for_pictures(self._choices(values))))
         return things, canvas(things, scene.background), scene.caption if things else gr.skip(), *shown
 
-    def on_guide(self, values: Values, task: str, strength: float, stagger: float) -> tuple:
+    def on_guide(self, values: Values, task: str, strength: float, stagger: float, context: float | None) -> tuple:
         """Set what a guided step shows; a picture that lies on the first frame stays."""
 
         def guided() -> Choices:
@@ -290,7 +295,8 @@ class Page:
             pictures = {i: path for i, path in choices.pictures.items() if i == 0}
             return self._lagging(self._as_usual(replace(choices, task=task, pictures=pictures)), stagger)
 
-        return *self._preset(guided), *(strength * usual for _, _, usual in self.studio.loras)
+        strengths = (strength * usual for _, _, usual in self.studio.loras)
+        return *self._preset(guided), *strengths, self.studio.start.context_noise if context is None else context
 
     def on_stop(self, request: gr.Request) -> None:
         self.stopped.add(request.session_hash)

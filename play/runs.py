@@ -6,7 +6,6 @@ same video, to the byte, and `Studio.run` makes it, one run at a time, with the 
 
 import base64
 import hashlib
-import math
 import queue
 import shlex
 import tempfile
@@ -45,17 +44,17 @@ class Choices:
     strengths: tuple[float, ...]  # of each LoRA; 0 leaves it out
     between: str = "0.5,1.25"  # for a retake: from when to when, in seconds
     painted: Tensor | None = None  # (K+1, F): a table in place of m, d, steps and shift
+    context: float | None = None  # noise said of the conditions, a share of the others'; None: as much as is usual
 
     @property
     def table(self) -> Tensor:
-        """τ (K+1, F). A frame takes 1 - d_max of the run, so delays add steps, as in `sample.lay_out`."""
+        """τ (K+1, F)."""
         if self.painted is not None:
             return self.painted
         for name, numbers in (("m", self.m), ("d", self.d)):
             for i, number in enumerate(numbers):
                 cli.expect(number is not None, f"no number as {name} of frame {i}", "one such as 0.5")
-        K = math.ceil(self.steps / (1 - min(0.99, max(self.d))) - 1e-6)
-        return tasks.tau_schedule(torch.tensor(self.m), K, self.shift, torch.tensor(self.d))
+        return sample.walked(torch.tensor(self.m), self.steps, self.shift, torch.tensor(self.d))
 
 
 class Moment(NamedTuple):
@@ -95,7 +94,7 @@ class Studio:
             if torch.equal(sample.lay_out(simple, self.opened.preset.frames).taus[0], taus):
                 return simple
         lines = "".join(",".join(f"{tau:.9g}" for tau in row) + "\n" for row in taus.tolist())  # to the bit
-        return replace(config, tau=kept(lines.encode(), ".csv"))
+        return replace(config, tau=kept(lines.encode(), ".csv"), steps=None, shift=None)
 
     def inputs(self, choices: Choices) -> sample.SampleConfig:
         """The settings for everything but the table, which is the usual one of the task."""
@@ -114,6 +113,7 @@ class Studio:
             at=",".join(map(str, at)) if task.images is None else None, size=self.size,
             between=choices.between if choices.task == "retake" else None,
             steps=choices.steps, shift=choices.shift, guidance=choices.guidance, history_guidance=choices.history,
+            context_noise=self.start.context_noise if choices.context is None else choices.context,
             seed=choices.seed, lora=tuple(loras), no_lora=not loras,
         )  # fmt: skip
         return sample.resolve(cli.check(config), self.opened)

@@ -29,6 +29,7 @@ if typing.TYPE_CHECKING:  # a wrong flag is answered before torch has loaded
 
 T = typing.TypeVar("T")
 SEED = (-(2**63), 2**64 - 1, "a whole number of 64 bits")  # what torch takes
+COUNT, POSITIVE = (1, 10**9, "at least 1"), (1e-9, 1e9, "a number above 0, such as 16")
 
 
 def option(
@@ -118,7 +119,8 @@ def run(command: Callable[[], None]) -> None:
     if len(sentence) > 600:  # it quotes something absurd
         sentence = f"{sentence[:300]} ... {sentence[-200:]}"
     after_progress = "\n" if status == 130 and sys.stderr.isatty() else ""
-    print(f"{after_progress}{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+    *_, package, name = Path(sys.argv[0]).absolute().parts
+    print(f"{after_progress}{name if name != '__main__.py' else f'{package}/{name}'}: {sentence}", file=sys.stderr)
     sys.exit(status)
 
 

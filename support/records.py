@@ -28,8 +28,8 @@ _NOT_REPEATED = ("out", "overwrite", "dry_run")
 # What a flag beside --from-json takes back: what excludes it, or what was settled by the setting that it replaces.
 _UNDOES = {
     "frames": ("seconds",), "seconds": ("frames",), "lora": ("no_lora",), "no_lora": ("lora",),
-    "task": ("noise", "at", "between", "only_new"), "preset": ("steps", "shift", "guidance", "guidance_2"),
-    "guidance": ("guidance_2",),
+    "task": ("noise", "at", "between", "only_new"), "guidance": ("guidance_2", "history_guidance"),
+    "preset": ("steps", "shift", "guidance", "guidance_2", "history_guidance"), "tau": ("steps", "shift"),
 }  # fmt: skip
 # What may change when --prompts goes on: where and how clips are computed. The prompts are compared with the captions.
 _MAY_CHANGE = {"out", "prompts", "device", "dtype", "offload", "compile", "preset", "no_lora"}
@@ -50,8 +50,7 @@ def read(path: Path, config_class: type[Config]) -> Config:
         entries = dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
         entries = {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
         config = cli.check(config_class(**entries))
-        missing = {field.name for field in dataclasses.fields(config)} - entries.keys()
-        if missing:
+        if missing := {field.name for field in dataclasses.fields(config)} - entries.keys():
             raise ValueError(f"it lacks settings such as {', '.join(sorted(missing)[:8])}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no record of a run, expected a JSON file that sample.py wrote: {error}") from None
@@ -77,8 +76,9 @@ def told(config: Config, taus: Sequence[Tensor] = ()) -> str:
     loras += f", sweep {' '.join(config.sweep)}" if config.sweep else ""
     guidance += "" if config.history_guidance == 1 else f", history guidance {config.history_guidance:g}"
     guidance += f", context noise {config.context_noise:g}" if config.context_noise else ""
-    line = (f"settings: {config.size}, {config.frames} frames at {config.fps:g} fps, {config.steps} steps, "
-            f"guidance {guidance}, shift {config.shift:g}, {loras}")  # fmt: skip
+    levels = f"levels of {config.tau}" if config.tau else f"{config.steps} steps, shift {config.shift:g}"
+    line = (f"settings: {config.size}, {config.frames} frames at {config.fps:g} fps, {levels}, guidance {guidance}, "
+            f"{loras}")  # fmt: skip
     return "\n\n".join([line, *map(plots.table, taus)])
 
 
@@ -171,12 +171,8 @@ def lengths(config: Config) -> list[int]:
     return numbers
 
 
-def clips_asked(config: Config) -> int:
-    """How many clips a run makes: one, or one for each line of `--prompts`."""
-    return 1 if config.prompts is None else len(_prompts(config))
-
-
-def _prompts(config: Config) -> list[str]:
+def prompts(config: Config) -> list[str]:
+    """The lines of `--prompts`. ValueError for what cannot be asked of them."""
     if config.task != "t2v" or config.prompt is not None or config.overwrite or config.plot or config.mark:
         raise ValueError("got --prompts with another task than t2v, or with --prompt, --plot, --mark or --overwrite, "
                          "expected none of them; to make clips anew, choose another --out")  # fmt: skip
@@ -407,9 +403,9 @@ class ClipFolder:
     """
 
     def __init__(self, config: Config):
-        self.config, self.prompts, self.folder = config, _prompts(config), Path(config.out or "")
+        self.config, self.prompts, self.folder = config, prompts(config), Path(config.out or "")
         right = config.out and not self.folder.is_file() and self.folder.suffix not in (".mp4", ".gif")
-        cli.expect(right, f"{config.out} as --out of --prompts", "a folder for the clips, such as data/mine")
+        cli.expect(right, f"{config.out or 'nothing'} as --out of --prompts", "a folder for clips, such as data/mine")
         self._check()
         self.missing = media.missing_clips(self.folder, self.prompts)
 

@@ -7,6 +7,7 @@ The tests marked slow press the buttons of the real page in a real browser; they
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -78,6 +79,9 @@ def test_what_was_changed_is_in_the_line(studio, clips):
     config = studio.settings(choices)
     assert sample.resolve(told(studio.command(config)), studio.opened) == config
     assert (config.steps, config.shift, config.guidance, config.history_guidance, config.seed) == (2, 1.5, 1.0, 2.0, 3)
+    assert config.context_noise == studio.start.context_noise == 0
+    config = studio.settings(replace(choices, context=0.3))
+    assert config.context_noise == 0.3 and "--context-noise 0.3" in studio.command(config)
     assert sample.lora.parse_entry(config.lora[0])[2] == 0.5
     off = studio.settings(replace(choices, strengths=(0.0,)))
     assert "--no-lora" in studio.command(off) and off.lora == ()
@@ -180,8 +184,11 @@ def test_sample_walks_a_table_of_its_own_and_says_what_is_wrong_with_one(model, 
     mine.write_text(written(taus))
     for name, more in (("usual", []), ("mine", ["--tau", mine]), ("other", ["--tau", "other.csv"])):
         Path("other.csv").write_text(written(taus[[0, 2, 3]]))
-        assert call(sample, *usual, *more, "--out", f"{name}.mp4").status == 0
+        result = call(sample, *usual, *more, "--out", f"{name}.mp4")
+        assert result.status == 0
     assert Path("usual.mp4").read_bytes() == Path("mine.mp4").read_bytes() != Path("other.mp4").read_bytes()
+    record = json.loads(Path("other.json").read_text())["settings"]
+    assert record["steps"] is record["shift"] is None and "levels of other.csv, guidance" in result.err
     again = call(sample, "--from-json", "other.json", "--out", "again.mp4")
     assert again.status == 0 and Path("again.mp4").read_bytes() == Path("other.mp4").read_bytes()
     mistake(call(sample, *usual, "--tau", mine, "--frames", 13), "of 7 numbers", "each of 4 numbers")

@@ -199,6 +199,11 @@ def test_dry_run_asks_whether_the_lora_is_there_and_fits(run, tmp_path, made):
     assert made() == []
 
 
+def test_dry_run_reads_what_is_given(run, clips, made):
+    mistake(run("--task", "extend", "--dry-run", "--video", f"{clips / '00000.mp4'}@0-3"), "a clip of 4 frames")
+    assert made() == []
+
+
 def test_dry_run_shows_every_window(run):
     result = run("--task", "extend", "--dry-run", "--frames", 61)  # 16 latents: 7 + 3 + 3 + 3
     assert result.out.count("step |") == 4
@@ -1035,6 +1040,13 @@ def test_guidance_is_history_guidance_too_where_the_model_has_one_weight_for_bot
     assert run(*flags).status == 0
     found = {_settings(path)["history_guidance"] for path in (tmp_path / "out").rglob("*.json")}
     assert found == {None, 1, 2}, "each cell is settled by itself, and the sheet's record leaves it to them"
+    record = tmp_path / "out" / "a-guidance=2.json"
+    assert _settings(record)["history_guidance"] == 2
+    for flags, expected in ((("--guidance", 1), "guidance 1, LoRA"), (("--preset", "lightx2v"), "guidance 1, LoRA"),
+                            (("--guidance", 4), "guidance 4, history guidance 4,")):  # fmt: skip
+        assert expected in call(sample, "--from-json", record, *flags, "--dry-run").out, "neither is that of the record"
+    checkpoint.save_pipeline(folder, {}, dataclasses.replace(preset, guidance=1.0, history_guidance=1.0))
+    assert guidances(guidance=5.0) == (5, 1), "a model without guidance shares none"
 
 
 def test_guidance_of_the_experts_comes_from_the_preset_or_is_one_for_both(two, tmp_path):
@@ -1531,10 +1543,17 @@ def test_what_is_given_wins_over_a_preset(run, tmp_path):
         ("--task keyframes --video CLIP@40-44 --at 0", ["00000.mp4@40-44 ends before those frames"]),
         ("--task t2v --out OUT/a.avi", ["a.avi", ".mp4 or .gif"]),
         ("--task t2v --model none", ["got none as a model", "expected a folder"]),
+        ("--task t2v --model EMPTY", ["as a model, a folder without any of", "model_index.json", "Wan-AI"]),
+        ("--task t2v --tau TABLE --steps 3", ["--tau and --steps", "one of the two"]),
+        ("--task t2v --tau TABLE --shift 3", ["--tau and --shift", "one of the two"]),
+        ("--task t2v --context-noise 2", ["got --context-noise 2", "[0, 1]", "0.5"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(flags, words, run, made, model, two, clips, tmp_path):
-    places = {"CLIP": clips / "00000.mp4", "MODEL": model, "TWO": two, "OUT": tmp_path / "out"}
+    places = {"CLIP": clips / "00000.mp4", "MODEL": model, "TWO": two, "OUT": tmp_path / "out", "TABLE": "table.csv"}
+    if "EMPTY" in flags:
+        (tmp_path / "empty").mkdir()
+        places["EMPTY"] = tmp_path / "empty"
     if "TEXT" in flags:
         (tmp_path / "text.mp4").write_text("no video at all")
         places["TEXT"] = tmp_path / "text.mp4"

@@ -184,6 +184,8 @@ def test_command_prints_and_draws_every_task(tmp_path):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.size[0] > 300
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in tasks.TASKS}  # nothing left over
+    short = call(tasks, "--out", tmp_path / "short", "--frames", 5)
+    assert short.status == 2 and "for start-end" in short.err and not (tmp_path / "short").exists()
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,16 @@ PRESET = checkpoint.Preset(
     size=(world.SIDE, world.SIDE), frames=world.FRAMES, fps=world.FPS, steps=10, shift=3.0, guidance=3.0,
     history_guidance=3.0, context_noise=0.5, noise=0.0, strength=1.2, negative_prompt="",
 )  # fmt: skip
-_COUNT = 1, 10**9, "at least 1"
 
 
 @dataclass(frozen=True)
 class TinyConfig:
     out: str = cli.option("checkpoints/tiny", "folder of the model")
     work: str = cli.option("runs/tiny", "folder for the latents and the state of each stage")
-    clips: int = cli.option(6000, "training clips", _COUNT)
-    vae_steps: int = cli.option(3600, "steps of the VAE", _COUNT)
-    base_steps: int = cli.option(13000, "steps of the text-to-video base", _COUNT)
-    lora_steps: int = cli.option(3500, "steps of the Pusa LoRA", _COUNT)
+    clips: int = cli.option(6000, "training clips", cli.COUNT)
+    vae_steps: int = cli.option(3600, "steps of the VAE", cli.COUNT)
+    base_steps: int = cli.option(13000, "steps of the text-to-video base", cli.COUNT)
+    lora_steps: int = cli.option(3500, "steps of the Pusa LoRA", cli.COUNT)
     compile: bool = cli.option(False, "compile the networks: faster, needs a C++ compiler")
     device: str | None = cli.option(None, "device of base and LoRA (default: a GPU if there is one)")
     dtype: str = cli.option("auto", "type to train base and LoRA in", choices=("auto", "float32", "bfloat16"))

@@ -96,6 +96,7 @@ class Part(NamedTuple):
     renamed: bool = False  # whether names and fields are those of a -Diffusers folder
 
 
+_MARKS = "model_index.json", "config.json", "high_noise_model", "transformer", "vae"  # one is in a model's folder
 # Layouts. Each has `folder`, `two_experts`, `tokenizer`, `part`, and the `suffix` of its published repositories.
 
 
@@ -195,6 +196,9 @@ def open(name: str | Path, network: type[nn.Module], rehearsal: bool = False) ->
         if rehearsal and repository.removesuffix(Diffusers.suffix) in SIZES:
             return Opened(repository, Absent(repository), network, repository)
         path = _download(repository, ("*.json",))  # a star matches slashes too
+    elif path.is_dir() and not any((path / mark).exists() for mark in _MARKS):
+        inside = f": {name}/model has one" if (path / "model").is_dir() else f"; one such as {SMALL} is downloaded"
+        raise ValueError(f"got {name} as a model, a folder without any of {', '.join(_MARKS)}{inside}")
     opened = Opened(str(name), _layout(path), network, repository)
     if repository:
         described = opened.layout.part("transformer").config
@@ -249,7 +253,7 @@ class Opened:
         noise = None if self.preset.noise is None else f"{self.preset.noise:g}"
         values = asdict(self.preset) | {"noise": noise or NOISE.get(self.published, {}).get(task)}
         values |= {"guidance_2": None, **PRESETS[preset][self.published]} if preset else {}
-        if self.preset.history_guidance == self.preset.guidance:
+        if 1 != self.preset.history_guidance == self.preset.guidance:
             values["history_guidance"] = values["guidance"] if guidance is None else guidance
         if not self.two_experts:
             return values | {"boundary": None, "guidance_2": None}
