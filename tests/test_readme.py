@@ -430,6 +430,7 @@ def test_every_number_is_that_of_the_code():
     names = (
         "https://huggingface.co/RaphaelLiu/PusaV1", "https://huggingface.co/RaphaelLiu/Pusa-Wan2.2-V1",
         "https://huggingface.co/lightx2v/Wan2.1-T2V-14B-StepDistill-CfgDistill-Lightx2v", "LightX2V", "TI2V",
+        "https://arxiv.org/abs/2410.03160", "arXiv 2410.03160",
         "https://arxiv.org/abs/2507.16116", "PUSA V1.0", "Wan2.1", "Wan2.2", "umT5", "fp32", "Python 3.10", "14B",
         "Apache License 2.0", "folds pixels 2x2", "causal 3D", "(n + 3) // 4", "8x8 pixels", "arXiv 2502.06764",
         "https://arxiv.org/abs/2502.06764", "NVIDIA H200", "torch 2.11", "arXiv 2509.25161", "arXiv 2509.22622",
