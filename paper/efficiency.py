@@ -157,13 +157,13 @@ def rows(lab: Lab) -> list[Row]:
     """What is claimed of efficiency, the paper's figures, ours, and whether ours agree."""
     found, operations = ratio(lab), flops(lab)
     pusa, finetune = (f"{way}, {steps[-1]} steps" for way, steps in budgets(lab).items())
-    free = min(UNTRAINED, key=lab.middle)
-    reached_for_nothing = f", which {free} reaches untrained" if lab.middle(free) <= found.goal else ""
+    for_nothing = ", which the base reaches untrained" if min(map(lab.middle, UNTRAINED)) <= found.goal else ""
 
     def compared(what: str, factor: float) -> tuple[str, bool | None]:
         times = found._replace(**{name: factor * getattr(found, name) for name in ("told", "low", "high")})
-        told = f"{times.bound}{times.told:.2g} ({times.low:.2g} to {times.high:.2g})"
-        ours = f"the {FINETUNE} needs {told} times the {what}, both at {found.goal:.1f} px{reached_for_nothing}"
+        told, low, high = (f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in times[:3])
+        ours = f"the {FINETUNE} needs {times.bound}{told} ({low} to {high}) times the {what}"
+        ours += f", both at {found.goal:.1f} px{for_nothing}"
         return ours, times.more
 
     texts = [f"T2V: {name}" for name in T2V]
