@@ -371,7 +371,7 @@ def sample(config: SampleConfig) -> dict[str, Path]:
     if config.dry_run:
         for labels, (cell, job) in runs.items():
             read_inputs(cell, job.plans[0])  # is it all there?
-            print(*labels, records.told(cell, job.taus), estimate(cell, opened, job), sep="\n\n")
+            print(*labels, records.summary(cell, job.taus), estimate(cell, opened, job), sep="\n\n")
         return {}
     return _sample_runs(config, opened, runs) if config.prompts is None else _sample_each(opened, *runs.popitem()[1])
 
@@ -381,7 +381,7 @@ def _sample_runs(config: SampleConfig, opened: checkpoint.Opened, runs: dict) ->
     started, (first, job) = time.monotonic(), next(iter(runs.values()))
     with records.claimed(config) as files:
         inputs, experts = read_inputs(config, job.plans[0]), Experts(first, opened, [config.prompt])
-        print(records.told(first), file=sys.stderr)
+        print(records.summary(first), file=sys.stderr)
         progress = cli.Progress(sum(len(taus) - 1 for _, job in runs.values() for taus in job.taus), "denoising")
         steps, sheet = len(job.taus[0]) - 1, records.Sheet(config, files)
         drawn = set(torch.linspace(1, steps, min(steps, 8)).round().int().tolist())  # more would be too small to see

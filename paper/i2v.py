@@ -40,7 +40,7 @@ def one_level(lab: Lab) -> Tensor:
     return tasks.tau_schedule([1.0] * tasks.latent_frames(world.FRAMES), preset.steps, preset.shift)
 
 
-def told(x0: Tensor, given: list[int]) -> Tensor:
+def condition_channels(x0: Tensor, given: list[int]) -> Tensor:
     """What the network sees of the conditions x0 (B, 16, F, H, W): the mask, then their latents, (B, 20, F, H, W)."""
     y = x0.new_zeros(x0.shape[0], CHANNELS - 16, *x0.shape[2:])
     y[:, :4, given], y[:, 4:, given] = 1, x0[:, :, given]
@@ -56,10 +56,10 @@ class ImageToVideo(nn.Module):
 
     def condition(self, x0: Tensor, x1: Tensor, given: list[int]) -> None:
         """Take the conditions of the next clips, x0 (B, 16, F, H, W) at the latent frames `given`."""
-        self.told = told(x0, given)
+        self.conditions = condition_channels(x0, given)
 
     def forward(self, z: Tensor, tau: Tensor, keys: PromptKeys) -> Tensor:
-        return self.network(torch.cat([z, self.told], 1), tau, keys)
+        return self.network(torch.cat([z, self.conditions], 1), tau, keys)
 
 
 class Replacement(nn.Module):
@@ -199,5 +199,5 @@ def _loss(network: Wan, latents: Tensor, contexts: Tensor, empty: Tensor, draw: 
     x0, context = latents[rows], torch.where(dropped, empty, contexts[rows])
     x1 = torch.randn(x0.shape, generator=draw, device=draw.device)
     tau = flow.sample_tau(BATCH, x0.shape[2], p_async=0.0, generator=draw)
-    velocity = network(torch.cat([flow.interpolate(x0, x1, tau), told(x0, [0])], 1), tau, context)
+    velocity = network(torch.cat([flow.interpolate(x0, x1, tau), condition_channels(x0, [0])], 1), tau, context)
     return flow.fafm_loss(velocity, x0, x1, tau)

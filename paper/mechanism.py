@@ -143,10 +143,9 @@ def rows(lab: Lab) -> list[Row]:
     found = [
         Row("the LoRA teaches a frame to take what clean neighbours show", "temporal dynamics injected",
             "known of a frame of noise between clean ones: "
-            + ", ".join(f"{n} {told(lab, name)}" for n, name in clean.items()), every(taught)),
+            + ", ".join(f"{n} {percent(lab, name)}" for n, name in clean.items()), every(taught)),
         Row("the prior is kept: among pure noise, Pusa knows what the base knows, to 5 %", "prior kept",
-            f"known of a frame among pure noise: base {told(lab, among['base'])}, Pusa {told(lab, among['Pusa'])}",
-            kept),
+            "known of a frame among pure noise: " + ", ".join(f"{n} {percent(lab, among[n])}" for n in NETWORKS), kept),
         Row("by the LoRA, later frames attend to the first one a tenth more when it is clean", "in the right place",
             "; ".join(f"{n}: {shares[n, 'noisy'].mean():.1f} % → {shares[n, 'clean'].mean():.1f} %" for n in NETWORKS),
             all(more) if all(more) == any(more) else None),
@@ -162,7 +161,7 @@ def rows(lab: Lab) -> list[Row]:
     return found
 
 
-def told(lab: Lab, name: str) -> str:
+def percent(lab: Lab, name: str) -> str:
     return f"{100 * lab.middle(name, median=False):.0f} ± {100 * lab.spread(name, median=False):.0f} %"
 
 

@@ -69,7 +69,7 @@ def repeated(path: str, named: dict, config_class: type[Config]) -> Config:
     return cli.check(dataclasses.replace(record, **values))
 
 
-def told(config: Config, taus: Sequence[Tensor] = ()) -> str:
+def summary(config: Config, taus: Sequence[Tensor] = ()) -> str:
     """What was chosen for a run, in one line, and the tables of noise levels below it."""
     guidance = f"{config.guidance:g}" + ("" if config.guidance_2 is None else f" and {config.guidance_2:g}")
     loras = f"LoRA {', '.join(config.lora)}" if config.lora else "no LoRA"

@@ -26,7 +26,7 @@ X0, X1, TAU, CONTEXT = _noise(2, 16, F, 4, 4), _noise(2, 16, F, 4, 4, seed=1), t
 
 
 def test_the_network_is_told_where_conditions_are_and_no_other_latents():
-    y = i2v.told(X0, GIVEN)
+    y = i2v.condition_channels(X0, GIVEN)
     assert y.shape == (2, 20, F, 4, 4)
     assert y[:, :4, GIVEN].eq(1).all() and torch.equal(y[:, 4:, GIVEN], X0[:, :, GIVEN])
     assert not y[:, :, 1:6].any()
