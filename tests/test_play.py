@@ -463,16 +463,19 @@ def test_two_tabs_take_turns_and_a_closed_one_gives_its_turn_away(browser, addre
 @pytest.mark.slow
 def test_the_guided_steps_run_and_stop(browser, address):
     with opened_page(browser, address) as tab:
-        for name, task, strength in (
-            ("2 ·", "i2v", "0"),
-            ("3 ·", "i2v", "1"),
-            ("4 ·", "i2v", "1"),
-            ("1 ·", "t2v", "1"),
+        usual, context = (tab.input_value(f"#{name} input[type=number]") for name in ("strength-0", "context"))
+        assert float(usual) >= 1 and float(context) > 0
+        for name, task, strength, noise in (
+            ("2 ·", "i2v", "0", "0"),
+            ("3 ·", "i2v", usual, "0"),
+            ("4 ·", "i2v", usual, context),
+            ("1 ·", "t2v", usual, context),
         ):
             tab.get_by_role("button", name=name).click()
             said(tab, "#status", "Denoising")
             assert tab.locator("#task input:checked").get_attribute("value") == task
             assert tab.input_value("#strength-0 input[type=number]") == strength
+            assert tab.input_value("#context input[type=number]") == noise
             tab.click("#stop")
             said(tab, "#status", "Stopped.")
             assert (len(set(levels(tab, 8))) > 2) == (name == "4 ·")
