@@ -115,8 +115,8 @@ class Page:
             self.seed = gr.Number(start.seed, label="seed", precision=0, min_width=90, elem_id="seed")
             self.guidance = gr.Slider(0, 10, start.guidance, label="guidance", elem_id="guidance", **wide)
             self.history = gr.Slider(0, 10, start.history_guidance, label="history guidance", elem_id="history", **wide)
-            self.context = gr.Slider(0, 1, start.context_noise, step=0.05, label="context noise: what conditions are "
-                                     "said to have, as a share", elem_id="context", min_width=160)  # fmt: skip
+            self.context = gr.Slider(0, 1, start.context_noise, label="context noise", elem_id="context", step=0.05,
+                                     min_width=160)  # fmt: skip
             self.strengths = [
                 gr.Slider(0, 3, strength, label=f"{Path(path).stem} {expert} strength", elem_id=f"strength-{i}", **wide)
                 for i, (expert, path, strength) in enumerate(self.studio.loras)
