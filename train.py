@@ -370,6 +370,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
     expect(not (many and (config.muon or config.compile)), f"--muon or --compile{many}", "one process, or neither flag")
     expect(full or not config.from_scratch, "--from-scratch without --full", "both, as a LoRA needs trained weights")
     expect(full or not config.muon, "--muon without --full", "both, as Muon is for whole matrices, not a LoRA's pairs")
+    expect(config.p_async > 0 or not config.two_levels, "--two-levels with --p-async 0", "one, as all frames share one")
     choice = "high or low, as it has two experts" if opened.two_experts else "none, as it has one transformer"
     expect(opened.two_experts == bool(expert), f"--expert {expert} for {config.model}", choice)
     expect(expert or config.boundary is None, "--boundary without --expert", "both or neither")

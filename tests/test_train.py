@@ -873,6 +873,7 @@ def test_rate_warms_up_and_comes_down(steps):
         ("--shift 0", ["got --shift 0", "above 0"]),
         ("--from-scratch", ["--from-scratch without --full", "expected both"]),
         ("--muon", ["--muon without --full", "expected both"]),
+        ("--two-levels --p-async 0", ["--two-levels with --p-async 0", "expected one"]),
         ("--resume", ["got --resume", "no run in", "without --resume"]),
         ("--accumulate 3", ["--accumulate 3", "--batch 2"]),
         ("--gpus 3 --dry-run", ["--accumulate 1 on 3 GPUs", "--batch 2"]),

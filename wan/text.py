@@ -213,9 +213,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizer
     tokenizer = tokenizers.Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    special = [PAD, END, UNKNOWN]
-    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(map(clean, captions), trainer)
+    settings = {"vocab_size": vocab_size, "special_tokens": [PAD, END, UNKNOWN]}
+    tokenizer.train_from_iterator(map(clean, captions), trainers.WordLevelTrainer(**settings, show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
     return tokenizer
 
