@@ -35,7 +35,6 @@ from wan import checkpoint
 
 TURN = 8  # how many clips one of two experts works on before the other is loaded
 _GUIDANCE = (0, 1e9, "0 or more; 1 is without guidance")
-_SHARE = (0, 1, "a number in [0, 1], such as 0.5")
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ class SampleConfig:
     steps: int | None = cli.option(None, "sampling steps K (default: the model's)", cli.COUNT)
     guidance: float | None = cli.option(None, "guidance scale; 1 is off (default: the model's)", _GUIDANCE)
     history_guidance: float | None = cli.option(None, "the same, to the conditions (default: the model's)", _GUIDANCE)
-    context_noise: float | None = cli.option(None, "noise said of conditions, a share (default: the model's)", _SHARE)
+    context_noise: float | None = cli.option(None, "noise said of conditions, a share (default: own)", cli.SHARE)
     guidance_2: float | None = cli.option(None, "guidance of the low-noise expert (default: the model's)", _GUIDANCE)
-    boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", _SHARE)
+    boundary: float | None = cli.option(None, "noise level under which that expert runs (default: 0.875)", cli.SHARE)
     shift: float | None = cli.option(None, "shift of the sigma schedule (default: the model's)")
     tau: str | None = cli.option(None, "file with a table of noise levels to walk, steps down, latent frames across")
     seed: int = cli.option(0, "seed of the noise", cli.SEED)

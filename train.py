@@ -35,7 +35,6 @@ from support.dataset import Dataset
 from wan import checkpoint
 from wan.checkpoint import Opened
 
-_PROBABILITY = (0, 1, "a probability in [0, 1]")
 _RATE = (1e-300, 1 - 1e-9, "a number between 0 and 1, such as 1e-3")
 _LEVEL = (1e-9, 1 - 1e-9, "a noise level between 0 and 1, such as 0.875")
 Prepare = Callable[[Opened, "TrainConfig", nn.Module | None], Dataset]  # the module: a text encoder to be trained
@@ -53,16 +52,16 @@ class TrainConfig:
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 of a window (default: the model's own)")
     rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B", cli.COUNT)
     alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", cli.POSITIVE)
-    lr: float = cli.option(1e-3, "peak learning rate; the paper's is 1e-5 on Wan 14B", _RATE)
+    lr: float | None = cli.option(None, "peak learning rate (default: 1e-3; for a large model the paper's)", _RATE)
     steps: int = cli.option(300, "optimizer steps", cli.COUNT)
     batch: int = cli.option(8, "windows a step", cli.COUNT)
     accumulate: int = cli.option(1, "parts that a step's batch is taken in, one by one, to save memory", cli.COUNT)
     gradient_checkpointing: bool = cli.option(False, "compute each block again in the backward pass, to save memory")
-    p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level", _PROBABILITY)
+    p_async: float = cli.option(1.0, "PTSS: probability that each frame draws its own noise level", cli.SHARE)
     two_levels: bool = cli.option(False, "PTSS: such a frame takes one of two levels, not a level of its own")
     shift: float = cli.option(1.0, "shift of the noise levels drawn; 5 is Pusa's", cli.POSITIVE)
     weighting: str = cli.option("none", "weight of each frame's loss", choices=("none", "bell"))
-    drop_caption: float = cli.option(0.1, "probability of training without the caption, for guidance", _PROBABILITY)
+    drop_caption: float = cli.option(0.1, "probability of training without the caption, for guidance", cli.SHARE)
     expert: str | None = cli.option(None, "which of Wan2.2's two transformers to train", choices=("high", "low"))
     boundary: float | None = cli.option(None, "with --expert: level that parts the two (default: the model's)", _LEVEL)
     full: bool = cli.option(False, "train all weights of the transformer instead of a LoRA")
@@ -285,7 +284,7 @@ def make_optimizers(config: TrainConfig, models: list[nn.Module]) -> list[torch.
     layers = [layer for model in models for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
     matrices = {layer.weight: None for layer in layers if config.muon}
     rest = [p for model in models for p in model.parameters() if p.requires_grad and p not in matrices]
-    optimizers = [torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01)]
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01)]  # the rate is set at each step
     if matrices:
         optimizers.append(torch.optim.Muon(list(matrices), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -383,6 +382,7 @@ def checked(config: TrainConfig, opened: Opened) -> TrainConfig:
         config, size=f"{width}x{height}", frames=frames, cache=config.cache or str(Path(config.data) / ".cache"),
         boundary=opened.preset.boundary if expert and config.boundary is None else config.boundary,
         device=device, dtype=str(cli.pick_dtype(config.dtype, device)).removeprefix("torch."),
+        lr=config.lr or (1e-3 if opened.config.dim < 1024 else 1e-5),  # a wider model wants smaller steps
     ))  # fmt: skip
 
 

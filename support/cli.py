@@ -30,6 +30,7 @@ if typing.TYPE_CHECKING:  # a wrong flag is answered before torch has loaded
 T = typing.TypeVar("T")
 SEED = (-(2**63), 2**64 - 1, "a whole number of 64 bits")  # what torch takes
 COUNT, POSITIVE = (1, 10**9, "at least 1"), (1e-9, 1e9, "a number above 0, such as 16")
+SHARE = (0, 1, "a number in [0, 1], such as 0.5")
 
 
 def option(

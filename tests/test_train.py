@@ -775,6 +775,13 @@ def test_a_dry_run_says_what_a_run_would_see_and_need(run, model, tmp_path):
 # Figures.
 
 
+def test_a_large_model_is_trained_at_the_papers_rate_unless_another_is_given(model):
+    small = _open(model)
+    large = SimpleNamespace(config=dataclasses.replace(small.config, dim=1536), preset=small.preset, two_experts=False)
+    rates = [train.checked(TrainConfig(lr=lr), opened).lr for opened in (small, large) for lr in (None, 3e-4)]
+    assert rates == [1e-3, 3e-4, 1e-5, 3e-4]
+
+
 def test_validation_depends_on_the_weights_alone(run, tmp_path):
     """Steps that change nothing must not change a figure: only then can figures of two steps be compared."""
     assert run("--lr", "1e-30", "--val-every", 1, "--steps", 3).status == 0
