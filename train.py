@@ -52,7 +52,7 @@ class TrainConfig:
     frames: int | None = cli.option(None, "pixel frames N = 4k+1 of a window (default: the model's own)")
     rank: int = cli.option(32, "LoRA rank; the paper's is 512 on Wan 14B", cli.COUNT)
     alpha: float | None = cli.option(None, "LoRA alpha (default: the rank)", cli.POSITIVE)
-    lr: float | None = cli.option(None, "peak learning rate (default: 1e-3; for a large model the paper's)", _RATE)
+    lr: float | None = cli.option(None, "peak learning rate (default: 1e-3; of large models the paper's 1e-5)", _RATE)
     steps: int = cli.option(300, "optimizer steps", cli.COUNT)
     batch: int = cli.option(8, "windows a step", cli.COUNT)
     accumulate: int = cli.option(1, "parts that a step's batch is taken in, one by one, to save memory", cli.COUNT)
