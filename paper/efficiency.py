@@ -146,8 +146,9 @@ def draw(lab: Lab, path: Path) -> None:
         for axes, label in ((seen, "clips seen in training, repeats counted"), (spent, "operations of training, FLOP")):
             for name, line in zip(UNTRAINED, ("--", "-.", ":"), strict=True):
                 axes.axhline(lab.middle(name), color=plots.GREY, linestyle=line, linewidth=1.2, label=name)
-            axes.set(xscale="log", yscale="log", xlabel=label)
-            axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+            axes.set(xscale="log", xlabel=label)
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.grid(axis="y")
         seen.set_ylabel("I2V error, px (median of scenes)")
         seen.figure.legend(*seen.get_legend_handles_labels(), loc="outside lower center", ncols=2)

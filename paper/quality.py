@@ -166,7 +166,7 @@ def rows(lab: Lab) -> list[Row]:
 
     def row(dimension: str) -> Row:
         told = {name: lab.told(f"{name}: {dimension}", "", median=False).strip() for name in NAMES}
-        ours = f"{told[PUSA]} to {told[FINETUNE]} (base {told[BASE]}, true clips {told[TRUE]})"
+        ours = f"{told[PUSA]} to {told[FINETUNE]} ({BASE} {told[BASE]}, {TRUE} {told[TRUE]})"
         paper = "{:.2f} to {:.2f}".format(*PAPER[dimension])
         above = lab.below(f"{FINETUNE}: {dimension}", f"{PUSA}: {dimension}", median=False)
         return Row(f"{PUSA} beats the {FINETUNE} in {dimension}", paper, ours, above)
