@@ -1543,7 +1543,7 @@ def test_what_is_given_wins_over_a_preset(run, tmp_path):
         ("--task keyframes --video CLIP@40-44 --at 0", ["00000.mp4@40-44 ends before those frames"]),
         ("--task t2v --out OUT/a.avi", ["a.avi", ".mp4 or .gif"]),
         ("--task t2v --model none", ["got none as a model", "expected a folder"]),
-        ("--task t2v --model EMPTY", ["as a model, a folder without any of", "model_index.json", "Wan-AI"]),
+        ("--task t2v --model OTHER", ["as a model, a folder without any of", "model_index.json", "Wan-AI"]),
         ("--task t2v --tau TABLE --steps 3", ["--tau and --steps", "one of the two"]),
         ("--task t2v --tau TABLE --shift 3", ["--tau and --shift", "one of the two"]),
         ("--task t2v --context-noise 2", ["got --context-noise 2", "[0, 1]", "0.5"]),
@@ -1551,9 +1551,10 @@ def test_what_is_given_wins_over_a_preset(run, tmp_path):
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(flags, words, run, made, model, two, clips, tmp_path):
     places = {"CLIP": clips / "00000.mp4", "MODEL": model, "TWO": two, "OUT": tmp_path / "out", "TABLE": "table.csv"}
-    if "EMPTY" in flags:
-        (tmp_path / "empty").mkdir()
-        places["EMPTY"] = tmp_path / "empty"
+    if "OTHER" in flags:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "metrics.jsonl").touch()
+        places["OTHER"] = tmp_path / "other"
     if "TEXT" in flags:
         (tmp_path / "text.mp4").write_text("no video at all")
         places["TEXT"] = tmp_path / "text.mp4"

@@ -96,7 +96,7 @@ class Part(NamedTuple):
     renamed: bool = False  # whether names and fields are those of a -Diffusers folder
 
 
-_MARKS = "model_index.json", "config.json", "high_noise_model", "transformer", "vae"  # one is in a model's folder
+_MARKS = "model_index.json", "config.json", "sampling.json", "high_noise_model", *PARTS  # one is in a model's folder
 # Layouts. Each has `folder`, `two_experts`, `tokenizer`, `part`, and the `suffix` of its published repositories.
 
 
@@ -196,7 +196,7 @@ def open(name: str | Path, network: type[nn.Module], rehearsal: bool = False) ->
         if rehearsal and repository.removesuffix(Diffusers.suffix) in SIZES:
             return Opened(repository, Absent(repository), network, repository)
         path = _download(repository, ("*.json",))  # a star matches slashes too
-    elif path.is_dir() and not any((path / mark).exists() for mark in _MARKS):
+    elif path.is_dir() and any(path.iterdir()) and not any((path / mark).exists() for mark in _MARKS):
         inside = f": {name}/model has one" if (path / "model").is_dir() else f"; one such as {SMALL} is downloaded"
         raise ValueError(f"got {name} as a model, a folder without any of {', '.join(_MARKS)}{inside}")
     opened = Opened(str(name), _layout(path), network, repository)
