@@ -50,14 +50,13 @@ def measure(lab: Lab) -> None:
     error(CLAMPED, lab.judge.transformer, same="zero_shot: i2v, base: error")
     error(HIDDEN, lab.judge.transformer, same=f"vector: i2v, base: {vector.SCALARS[0]}", context_noise=1.0)
     error(REPLACED, lambda: i2v.Replacement(lab.judge.transformer()), taus=flat)
+    for n, name in enumerate(SEEDS):  # the first is a budget, too
+        error(name, partial(lab.pusa, f"seed-{n}"), same="" if n else "zero_shot: i2v, seed-0: error")
     for steps in reversed(lab.few(BUDGETS)):
-        same = "zero_shot: i2v, seed-0: error" if steps == STEPS else ""
-        error(f"{PUSA}, {steps} steps", partial(_pusa, lab, steps), same=same)
+        error(f"{PUSA}, {steps} steps", partial(lab.pusa, f"steps-{steps}"))
     for steps in reversed(lab.few(i2v.BUDGETS)):
         error(f"{FINETUNE}, {steps} steps", partial(i2v.finetuned, lab, steps), taus=flat)
-    for n, name in enumerate(SEEDS):
-        error(name, partial(lab.pusa, f"seed-{n}"), same="" if n else "zero_shot: i2v, seed-0: error")
-    ways = lab.judge.transformer, lab.pusa, partial(_pusa, lab, BUDGETS[-1]), partial(i2v.finetuned, lab)
+    ways = lab.judge.transformer, lab.pusa, partial(lab.pusa, f"steps-{BUDGETS[-1]}"), partial(i2v.finetuned, lab)
     known = "preservation: as prompted, 0", "preservation: as prompted, 1", "", ""
     for name, make, same in zip(T2V, ways, known, strict=True):
         lab.figure(f"T2V: {name}", partial(text_to_video, lab, cache(make)), same)
@@ -66,10 +65,6 @@ def measure(lab: Lab) -> None:
 def text_to_video(lab: Lab, network: Callable[[], nn.Module], seed: int) -> Tensor:
     """100 for each scene whose clip is all as its caption says, else 0."""
     return 100.0 * as_prompted(lab.judge.scenes, world.measure(lab.judge.videos(network(), "t2v", seed)))
-
-
-def _pusa(lab: Lab, steps: int) -> nn.Module:
-    return lab.pusa("seed-0" if steps == STEPS else f"steps-{steps}")
 
 
 def flops(lab: Lab) -> dict[str, int]:

@@ -107,7 +107,7 @@ def weights(lab: Lab, steps: int = BUDGETS[-1]) -> Path:
     Each budget is a training of its own, as the learning rate comes down at the end. Its first steps are not those of
     a longer one, but all see the same clips, noise and levels, which follow from the step alone.
     """
-    file = Path(lab.config.work) / "i2v" / f"{steps}.safetensors"
+    file = lab.work / "i2v" / f"{steps}.safetensors"
     with alone(file):
         if not file.exists():
             rate, count = learning_rate(lab), 2 if lab.config.quick else steps
@@ -124,7 +124,7 @@ def weights(lab: Lab, steps: int = BUDGETS[-1]) -> Path:
 
 def learning_rate(lab: Lab) -> float:
     """The rate whose short training has the lowest loss on clips that are held out; tried once, and kept in a file."""
-    file = Path(lab.config.work) / "i2v" / "rates.json"
+    file = lab.work / "i2v" / "rates.json"
     with alone(file):
         if not file.exists():
             losses, count = {}, 2 if lab.config.quick else TRIAL

@@ -120,6 +120,18 @@ class Lab:
         """The values, of which a quick pass takes only the first and the last."""
         return (values[0], values[-1]) if self.config.quick else values
 
+    @cached_property
+    def work(self) -> Path:
+        """The folder of what is trained. ValueError if that was trained on a base with other weights."""
+        folder, weights = Path(self.config.work), self.terms["weights"]["base"]
+        with alone(known := folder / "base.json"):
+            if not known.exists():
+                cli.write_json(known, {"weights": weights})
+            trained = json.loads(known.read_text(encoding="utf-8"))["weights"]
+        got = f"{folder}, where what was trained on a {self.config.model} with other weights is"
+        cli.expect(trained == weights, got, "another folder for --work")
+        return folder
+
     def lora(self, name: str) -> Path:
         """The file of a LoRA of `TRAININGS`, which is trained now if it has not been.
 
@@ -128,13 +140,7 @@ class Lab:
         """
         if name == "seed-0" and self.config.quick:
             return Path(self.config.model) / "lora.safetensors"
-        out, known = Path(self.config.work) / name, Path(self.config.work) / "base.json"
-        with alone(known):  # a LoRA of another base would be a wrong one
-            if not known.exists():
-                cli.write_json(known, {"weights": self.terms["weights"]["base"]})
-            trained = json.loads(known.read_text(encoding="utf-8"))["weights"]
-        got = f"{out.parent}, where LoRAs of a {self.config.model} with other weights are"
-        cli.expect(trained == self.terms["weights"]["base"], got, "another folder for --work")
+        out = self.work / name
         settings = {"steps": STEPS, "batch": BATCH, "rank": RANK} | TRAININGS[name]
         settings |= {"steps": 2, "batch": 4} if self.config.quick else {}
         training = train.TrainConfig(
@@ -149,9 +155,8 @@ class Lab:
         self, opened: checkpoint.Opened, config: train.TrainConfig, encoder: nn.Module | None
     ) -> dataset.Dataset:
         """The scenes that every training learns from, rendered and encoded once: what `train.train` calls `prepare`."""
-        folder = Path(self.config.work)
-        with alone(folder / "latents"):
-            return grow.rendered_clips(opened, config, encoder, 64 if self.config.quick else 6000, folder)
+        with alone(self.work / "latents"):
+            return grow.rendered_clips(opened, config, encoder, 64 if self.config.quick else 6000, self.work)
 
     def pusa(self, name: str = "seed-0", strength: float = 1.0) -> Wan:
         """The embedded base with a LoRA of `TRAININGS` merged."""

@@ -43,7 +43,7 @@ FINETUNE, CHANGED = "relative change of each layer, I2V finetune", "relative cha
 def measure(lab: Lab) -> None:
     layers = targets(lab.judge.transformer())
     lab.figure(CHANGED, lambda seed: lora_changes(layers, lab.lora(f"steps-{BUDGETS[-1]}"), 1.0))
-    finetune = Path(lab.config.work) / "i2v" / f"{i2v.BUDGETS[-1]}.safetensors"
+    finetune = lab.work / "i2v" / f"{i2v.BUDGETS[-1]}.safetensors"
     if finetune.exists():
         lab.figure(FINETUNE, lambda seed: changes(layers, load_file(finetune, str(lab.device))))
     else:

@@ -89,7 +89,7 @@ def test_the_finetune_goes_on_where_it_was_stopped(base, tmp_path):
 
 
 def test_the_learning_rate_is_the_one_with_the_lowest_loss_and_is_tried_once(tmp_path, monkeypatch):
-    bench, tried = SimpleNamespace(config=lab.Config(work=str(tmp_path)), device="cpu"), []
+    bench, tried = SimpleNamespace(config=lab.Config(), work=tmp_path, device="cpu"), []
     monkeypatch.setattr(i2v, "_trained", lambda bench, steps, rate, state: (tried.append((steps, rate)) or rate, 0.0))
     monkeypatch.setattr(i2v, "_clips", lambda bench, held_out: (held_out,))
     losses = {3e-4: 2.0, 1e-3: 1.0, 3e-3: float("nan")}
