@@ -115,8 +115,7 @@ def ratio(lab: Lab) -> Ratio:
     """The ratio over all scenes, and over 500 draws of as many of them and of each training's luck."""
     steps, random = budgets(lab), np.random.default_rng(0)
     curves = {way: np.array([np.concatenate(lab.values(f"{way}, {n} steps")) for n in steps[way]]) for way in steps}
-    luck = np.std([np.log(np.median(np.concatenate(lab.values(name)))) for name in SEEDS], ddof=1)
-    count, each = curves[PUSA].shape[1], []
+    count, each, luck = curves[PUSA].shape[1], [], lab.luck(SEEDS)
     for draw in (np.arange(count), *random.integers(count, size=(500, count))):
         errors = {way: np.median(curve[:, draw], axis=1) for way, curve in curves.items()}
         if each:  # the first is what was measured

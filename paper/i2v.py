@@ -144,9 +144,7 @@ def learning_rate(lab: Lab) -> float:
 @lru_cache(maxsize=2)
 def _clips(lab: Lab, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The training clips, on the device: latents (n, 16, F, H, W), captions (n, T, text_dim), and the empty caption."""
-    config = train.TrainConfig(
-        data=lab.config.work, model=lab.config.model, device=lab.device, dtype=lab.config.dtype
-    )
+    config = train.TrainConfig(data=lab.config.work, model=lab.config.model, device=lab.device, dtype=lab.config.dtype)
     data = lab.training_data(lab.opened, train.checked(config, lab.opened), None)
     rows = data.validation if held_out else data.training[0]
     return data.latents[rows].to(lab.device), data.context([data.prompts[i] for i in rows]), data.context([""])

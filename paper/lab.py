@@ -7,6 +7,7 @@ The first of its rows says the most. Processes that measure different claims may
 
 import hashlib
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -91,6 +92,7 @@ class Lab:
             "scenes": self.scenes, "seeds": list(self.seeds), "model": config.model, "dtype": config.dtype,
             "weights": {"base": digest(config.model, "*/*"), "LoRA": digest(config.model, "*")},
             "settings": {name: getattr(preset, name) for name in ("steps", "shift", "guidance", "history_guidance")},
+            "training": {"steps": STEPS, "batch": BATCH, "rank": RANK},  # where a figure's name says no other
         }  # fmt: skip
         record = self._record(self.path)
         self.commits: list[str] = record.get("commits", [])  # those whose code has measured, in their order
@@ -258,15 +260,20 @@ class Lab:
         """The standard deviation over the seeds of `each`."""
         return statistics.pstdev(self.each(name, median))
 
-    def below(self, a: str, b: str, median: bool = True, factor: float = 1.0) -> bool | None:
+    def luck(self, names: Iterable[str]) -> float:
+        """The standard deviation of the logarithm of a figure over trainings that differ in their seed alone."""
+        return statistics.stdev(math.log(np.median(np.concatenate(self.values(name)))) for name in names)
+
+    def below(self, a: str, b: str, median: bool = True, factor: float = 1.0, luck: float = 0.0) -> bool | None:
         """Whether figure `a` is below `factor` times `b`; None if its scenes cannot tell.
 
         A paired bootstrap: scenes are drawn anew, with replacement and with both their values, two thousand times.
-        They tell it if all but one in forty of the draws agree, which is a two-sided test at 5 %.
+        They tell it if all but one in forty of the draws agree, which is a two-sided test at 5 %. With `luck`, where
+        the two come from trainings of their own, each draw has other luck with either.
         """
-        pairs = np.array([np.concatenate(self.values(name)) for name in (a, b)])
-        drawn = pairs[:, np.random.default_rng(0).integers(pairs.shape[1], size=(2000, pairs.shape[1]))]
-        low, high = (np.median if median else np.mean)(drawn, axis=2)
+        pairs, random = np.array([np.concatenate(self.values(name)) for name in (a, b)]), np.random.default_rng(0)
+        drawn = pairs[:, random.integers(pairs.shape[1], size=(2000, pairs.shape[1]))]
+        low, high = (np.median if median else np.mean)(drawn, axis=2) * np.exp(random.normal(0, luck, (2, 2000)))
         least, most = np.quantile(factor * high - low, (0.025, 0.975))
         return True if least > 0 else False if most < 0 else None
 
