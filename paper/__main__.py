@@ -34,7 +34,8 @@ Each of the seeds makes its share of the scenes. A figure is the median over the
 of clips, scores, diversity and streams), averaged over the seeds, ± its standard deviation over them, of scenes and
 noise alike. What is compared has the same scenes and noise. Each claim's file says under `rows` when it holds: most
 must hold as well if the scenes are drawn anew (a paired bootstrap, two-sided, at 5 %). Where that is open, it cannot be
-told.
+told. That speaks of the networks that were trained, which is one of a kind where nothing else is said: `efficiency` and
+`ablation` alone allow for the luck of a training.
 """
 Line = list[str]  # a row of a table, as long as its head
 
@@ -80,31 +81,33 @@ def report(config: lab.Config) -> None:
     """Write what the results of the folder say: a page with a line and a table for each claim, and a README's lines."""
     benches = {name: lab.Lab(config, name) for name in CLAIMS}
     told = {name: lines(name, bench) for name, bench in benches.items()}
-    measured = [name for name in CLAIMS if told[name][0][-1]]  # to the end: only then there is a verdict
-    page = [PAGE, *table([*HEAD, "command"], [[*told[name][0], f"`python -m paper {name}`"] for name in CLAIMS])]
+    first, measured = {name: line for name, (line, _) in told.items()}, [name for name in CLAIMS if told[name][1]]
+    page = [PAGE, *table([*HEAD, "command"], [[*first[name], f"`python -m paper {name}`"] for name in CLAIMS])]
     for name, bench in benches.items():
         page += ["", f"## {name}", "", claim(name).__doc__.strip(), ""]
         page += [f"![{name}]({name}.png)", ""] if picture(config, name).exists() else []
-        page += table(HEAD, told[name]) if name in measured else [f"{told[name][0][2].capitalize()}."]
+        page += table(HEAD, told[name][1]) if name in measured else [f"{first[name][2].capitalize()}."]
         if bench.figures:
             seeds, commits = max(map(len, bench.figures.values())), ", ".join(commit[:12] for commit in bench.commits)
             page += ["", f"{bench.scenes} scenes, shared out to {seeds} seeds; measured at {commits}."]
     with cli.replacing(Path(config.docs) / "reproduction.md") as path:
         path.write_text("\n".join(page) + "\n", encoding="utf-8")
     left = [f"Not run yet, or not to the end: {', '.join(f'`{name}`' for name in CLAIMS if name not in measured)}."]
-    short = table(HEAD, [told[name][0] for name in measured]) if measured else []
+    short = table(HEAD, [first[name] for name in measured]) if measured else []
     fill(Path(config.readme), [*short, *([""] * bool(short)), *(left if len(measured) < len(CLAIMS) else [])])
 
 
-def lines(name: str, bench: lab.Lab) -> list[Line]:
-    """What a claim's results say: a line for each of its rows, or one which says that there is nothing to tell yet."""
+def lines(name: str, bench: lab.Lab) -> tuple[Line, list[Line]]:
+    """What a claim's results say, in one line and in one for each of its rows: none if there is nothing to tell yet."""
     state = "not run"
     if bench.figures:
         try:
-            return [[what, paper, ours, HOLDS[holds]] for what, paper, ours, holds in claim(name).rows(bench)]
+            rows = claim(name).rows(bench)
+            every = [[row.claim, row.paper, row.ours, HOLDS[row.holds]] for row in rows]
+            return [*every[0][:2], rows[0].short or rows[0].ours, every[0][3]], every
         except LookupError:  # a figure is missing
             state = "not run to its end"
-    return [[claim(name).__doc__.partition("\n")[0], "", state, ""]]
+    return [claim(name).__doc__.partition("\n")[0], "", state, ""], []
 
 
 def table(head: Line, body: Sequence[Line]) -> list[str]:

@@ -72,6 +72,8 @@ def rows(lab: Lab) -> list[Row]:
         for end in ENDS:
             kept, flash = (lab.told(f"{task}, {end}: {f}", unit) for f, unit in (("kept", "dB"), ("flash", "")))
             told.append(f"{end} {kept}, brightness off by {flash.strip()}")
-        claim = f"{task}: a group keeps the end image better"
-        found.append(Row(claim, "", "; ".join(told), better_in_a_group(lab, task)))
+        claim, short = f"{task}: a group keeps the end image better", " → ".join(
+            lab.told(f"{task}, {end}: kept", "dB") for end in reversed(ENDS)
+        )
+        found.append(Row(claim, "", "; ".join(told), better_in_a_group(lab, task), short))
     return found

@@ -60,9 +60,10 @@ def draw(lab: Lab, path: Path) -> None:
 def rows(lab: Lab) -> list[Row]:
     pairs = {task: ["{} {} {}".format(task, *weights) for weights in (PLAIN, DEFAULT)] for task in (*TASKS, *MORE)}
     told = (f"{task} {lab.told(plain)} → {lab.told(default)}" for task, (plain, default) in pairs.items())
-    helped, harmed = (any(lab.below(*pair[::order]) for pair in pairs.values()) for order in (-1, 1))
+    helped, harmed = ([task for task, pair in pairs.items() if lab.below(*pair[::order])] for order in (-1, 1))
     what = "history guidance at no cost, (3, 3), helps some tasks and harms none"
-    lines = [Row(what, "", ", ".join(told), False if harmed else helped or None)]
+    short = f"helps {', '.join(helped) or 'none'}; harms {', '.join(harmed) or 'none'}"
+    lines = [Row(what, "", ", ".join(told), False if harmed else bool(helped) or None, short)]
     for task in TASKS:
         plain, found = f"{task} 3 1", [best(lab, task, count) for count in (2, 3)]
         told = [f"{lab.told(f'{task} {a} {b}')} with weights {a}, {b}" for a, b in found]

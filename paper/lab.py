@@ -73,6 +73,7 @@ class Row(NamedTuple):
     paper: str  # the paper's figure
     ours: str
     holds: bool | None  # None: cannot be told at this scale
+    short: str = ""  # ours in a few words, for the table of all claims
 
 
 class Lab:

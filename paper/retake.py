@@ -54,6 +54,7 @@ def draw(lab: Lab, path: Path) -> None:
 
 def rows(lab: Lab) -> list[Row]:
     told = ", ".join(f"strength {s:g}: {lab.told(f'embedded {s:g}: error')}" for s in STRENGTHS)
-    ours = f"{told}; LoRA off, strength 1: {lab.told('base 1: error')}"
-    holds = lab.below("embedded 1: error", "base 1: error")
-    return [Row("a stretch that is made again fits the rest better with the LoRA", "", ours, holds)]
+    with_it, without = (lab.told(f"{name} 1: error") for name in ("embedded", "base"))
+    ours, holds = f"{told}; LoRA off, strength 1: {without}", lab.below("embedded 1: error", "base 1: error")
+    short = f"{without} → {with_it}"
+    return [Row("a stretch that is made again fits the rest better with the LoRA", "", ours, holds, short)]

@@ -130,20 +130,32 @@ def rows(lab: Lab) -> list[Row]:
     for claim, task, usual, tables in (
         ("i2v with a frame late, early or backwards, or as a staircase", "i2v", OWN, ORDERLY),
         ("i2v at random paces", "i2v", OWN, ("random pace",)),
-        ("i2v with random levels", "i2v", SHARED, ("random levels",)),
+        ("i2v with a random level for each frame", "i2v", SHARED, ("random levels",)),
         ("extend as a staircase", "extend", OWN, ("staircase",)),
-        ("extend with random levels", "extend", SHARED, ("random levels",)),
+        ("extend with a random level for each frame", "extend", SHARED, ("random levels",)),
     ):
         if tables[0] not in tried(lab, task, "seed-0"):
             continue
         name, worst = f"{task}, seed-0: {usual}", _worst(lab, task, tables)
         ours = f"{usual} {lab.told(name)}, at worst ({worst}) {lab.told(f'{task}, seed-0: {worst}')}"
+        ours += f" (the task's own table: {lab.told(f'{task}, seed-0: {OWN}')})" if usual != OWN else ""
         if worst in tried(lab, task, "base"):
             ours += f"; base {lab.told(f'{task}, base: {usual}')}, {lab.told(f'{task}, base: {worst}')}"
-        holds = every(lab.below(f"{task}, seed-0: {table}", name, factor=MARGIN) for table in tables)
+        holds = every(as_good(lab, f"{task}, seed-0: {table}", name) for table in tables)
         good += [claim] if holds else []
-        what = f"{claim} costs at most {MARGIN} times the error"
+        of = "the task's own table" if usual == OWN else "random levels that all frames share"
+        what = f"{claim}: at most {MARGIN} times the error of {of}"
         found.append(Row(what, "explosion avoided, no figure", ours, holds))
     ours = f"so in {len(good)} of {len(found)}: {', '.join(good) or 'none'}"
-    what = f"an order of denoising that training never showed costs at most {MARGIN} times the error"
+    what = f"any order of denoising costs at most {MARGIN} times the error"
     return [Row(what, "explosion avoided, no figure", ours, every(row.holds for row in found)), *found]
+
+
+def as_good(lab: Lab, name: str, usual: str) -> bool | None:
+    """Whether an error is at most `MARGIN` times the usual; None if that cannot be told, or is not so at every seed.
+
+    A random table is another one at every seed, and one for all of its scenes: the scenes alone do not tell of others.
+    """
+    each = all(error <= MARGIN * other for error, other in zip(lab.each(name), lab.each(usual), strict=True))
+    holds = lab.below(name, usual, factor=MARGIN)
+    return holds if each or not holds else None

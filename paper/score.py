@@ -9,9 +9,13 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
 
 from support import cli
+
+Score = TypeVar("Score", float, Tensor)
 
 
 class Dimension(NamedTuple):
@@ -45,13 +49,14 @@ PAPER = {
 
 def means(scores: Mapping[str, float]) -> tuple[float, float, float]:
     """Total, I2V and quality score in [0, 1] of raw scores in [0, 1] by dimension; nan where a dimension is missing."""
-
-    def mean(dimensions: Mapping[str, Dimension]) -> float:
-        shares = [d.weight * (scores.get(name, math.nan) - d.low) / (d.high - d.low) for name, d in dimensions.items()]
-        return sum(shares) / sum(d.weight for d in dimensions.values())
-
-    i2v, quality = mean(I2V), mean(QUALITY)
+    i2v, quality = mean(scores, I2V), mean(scores, QUALITY)
     return (i2v + quality) / 2, i2v, quality
+
+
+def mean(scores: Mapping[str, Score], dimensions: Mapping[str, Dimension]) -> Score:
+    """The weighted mean of dimensions, each brought to [0, 1]; of numbers, or of tensors alike."""
+    shares = [d.weight * (scores.get(name, math.nan) - d.low) / (d.high - d.low) for name, d in dimensions.items()]
+    return sum(shares) / sum(d.weight for d in dimensions.values())
 
 
 def read(paths: Iterable[str]) -> dict[str, float]:

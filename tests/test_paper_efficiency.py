@@ -111,7 +111,7 @@ def test_an_error_that_no_budget_reaches_is_a_mistake():
 class _Lab:
     """Figures as if they had been measured; luck: how much higher the error of each further seed of training is."""
 
-    seeds = (0, 1)
+    seeds, luck = (0, 1), lab.Lab.luck
 
     def __init__(self, pusa, finetune, luck=1.0):
         self.errors = {f"{efficiency.PUSA}, {n} steps": error for n, error in zip(lab.BUDGETS, pusa, strict=True)}
@@ -129,6 +129,8 @@ def test_the_ratio_is_taken_at_the_lowest_error_that_both_reach():
     falling, late = [8, 7, 6, 5, 4, 3, 2, 1], [9, 9, 9, 9, 9, 9, 9, 3]
     found = efficiency.ratio(_Lab(falling, late))
     assert found[:] == (4, 4, 4, 3, "") and found.more is True, "Pusa is at 3 px after 400 steps, the finetune at 1600"
+    found = efficiency.ratio(_Lab(falling, late), goal=6)
+    assert found.goal == 6 and found.told == pytest.approx(25.6), "50 steps to 1280"
     found = efficiency.ratio(_Lab([9, 9, 9, 9, 9, 9, 9, 4], falling))
     assert found[:] == (0.16, 0.16, 0.16, 4, "") and found.more is False, "here the finetune needs 256"
     assert efficiency.ratio(_Lab([2] * 8, falling)).bound == "at least ", "Pusa may have been there before 12 steps"

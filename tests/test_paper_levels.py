@@ -13,7 +13,7 @@ from toy import world
 from toy.judge import Judge
 
 # How many clips each makes of a scene.
-CLAIMS = {zero_shot: 16, schedules: 20, vector: 40, preservation: 12, retake: 5, context: 20}
+CLAIMS = {zero_shot: 22, schedules: 20, vector: 40, preservation: 12, retake: 5, context: 20}
 K, SHIFT = 10, 3.0
 OTHERS = (*schedules.ORDERLY, *schedules.RANDOM)
 
@@ -85,10 +85,12 @@ def test_tasks_hold_only_if_the_error_falls_and_conditions_stay(tmp_path):
     def told(name, after=2.0, decibels=30.0):
         return after if "seed-0: error" in name else 8.0 if "error" in name else decibels
 
-    assert _held(zero_shot, tmp_path, told) == [True] * 9
+    assert _held(zero_shot, tmp_path, told) == [True] * 10
     worse = _held(zero_shot, tmp_path, lambda name: told(name, after=8.0))
-    assert worse == [None] * 7 + [True] * 2
-    assert _held(zero_shot, tmp_path, lambda name: told(name, decibels=20.0)) == [False] * 8 + [True]
+    assert worse == [None] * 8 + [True] * 2
+    assert _held(zero_shot, tmp_path, lambda name: told(name, decibels=20.0)) == [False, True, *[False] * 7, True]
+    level = _held(zero_shot, tmp_path, lambda name: 2.0 if "told one" in name else told(name))
+    assert level == [True, None, *[True] * 8], "than a base that is told one level"
 
 
 def test_tables_hold_only_if_the_strange_ones_are_as_good(tmp_path):
@@ -101,12 +103,14 @@ def test_tables_hold_only_if_the_strange_ones_are_as_good(tmp_path):
 
 
 def test_a_vector_carries_a_task_only_if_every_scalar_is_worse(tmp_path):
-    assert _held(vector, tmp_path, lambda name: 5.0 if "for all" in name else 4.0) == [True] * 6
-    assert _held(vector, tmp_path, lambda name: 5.0 if "mean for all" in name else 4.0) == [None] * 6
-    assert _held(vector, tmp_path, lambda name: 4.0) == [None] * 6
+    assert _held(vector, tmp_path, lambda name: 5.0 if "for all" in name else 4.0) == [True, True, None, *[True] * 4]
+    assert _held(vector, tmp_path, lambda name: 5.0 if "mean for all" in name else 4.0) == [None] * 7
+    assert _held(vector, tmp_path, lambda name: 4.0) == [None] * 7
+    told_one = _held(vector, tmp_path, lambda name: 3.0 if f"seed-0: {vector.SCALARS[0]}" in name else 4.0)
+    assert told_one == [False, None, True, *[False] * 4]
     for scalar, gains in zip(vector.SCALARS, (False, None), strict=True):
         held = _held(vector, tmp_path, lambda name, scalar=scalar: 3.0 if scalar in name else 4.0)
-        assert held == [False, gains, *[False] * 4], "the base, told the mean, may be worse or not"
+        assert held == [False, gains, None, *[False] * 4], "the base, told the mean, may be worse or not"
 
 
 def test_text_to_video_is_kept_only_if_nothing_is_lost(tmp_path):
