@@ -7,10 +7,8 @@ The network predicts the velocity from data to noise, `x1 - x0`. Parameter names
     velocity = Wan(config)(x, tau, context)
 """
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +37,6 @@ class WanConfig:
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     model_type: str = "t2v"
-
-    @classmethod
-    def from_json(cls, path: Path | str) -> "WanConfig":
-        """Read a `config.json` of the original layout; fields that it lacks have their defaults."""
-        known = {field.name for field in fields(cls)}
-        entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in entries.items() if k in known})
 
 
 class RMSNorm(nn.RMSNorm):

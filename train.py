@@ -194,8 +194,7 @@ def encoded_clips(opened: Opened, config: TrainConfig, encoder: nn.Module | None
 def context_of(opened: Opened, config: TrainConfig, encoder: nn.Module | None, captions: list[str]) -> dataset.Context:
     """What gives the embeddings (b, T, text_dim) of prompts: `encoder` if it is trained, else what is stored."""
     if encoder:
-        tokenizer = opened.tokenizer()
-        return lambda prompts: encoder(*(tensor.to(config.device) for tensor in tokenizer(prompts)))
+        return partial(opened.tokenizer().embed, encoder)
     dtype, folder = getattr(torch, config.dtype), config.cache
     stored = partial(opened.encode_prompts, dtype=dtype, device=config.device, cache_folder=folder)
     embed = distributed.each_its_share(stored, sorted({*captions, ""}))  # guidance needs the empty one

@@ -22,10 +22,8 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
-
-if typing.TYPE_CHECKING:  # a wrong flag is answered before torch has loaded
-    import torch
 
 T = typing.TypeVar("T")
 SEED = (-(2**63), 2**64 - 1, "a whole number of 64 bits")  # what torch takes
@@ -108,7 +106,7 @@ def run(command: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         status, sentence = 130, str(stop) or "stopped"  # as a shell expects after Ctrl-C
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        status, sentence, kind = 2, " ".join(str(error).split()), type(error).__name__  # torch's may not be loaded
+        status, sentence, kind = 2, " ".join(str(error).split()), type(error).__name__  # by name: not all are loaded
         if kind == "OutOfMemoryError" or isinstance(error, MemoryError) or "DefaultCPUAllocator" in sentence:
             sentence = "the device has not enough memory for this; try a smaller --size or --frames; --offload to "
             sentence += "sample; --gradient-checkpointing or --accumulate to train"
@@ -210,8 +208,6 @@ class Progress(tqdm):
 
 def pick_device(name: str | None) -> str:
     """The device asked for, or a GPU if there is one, or the CPU. ValueError for one that this machine lacks."""
-    import torch  # here, so that a wrong flag is answered before torch has loaded
-
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     expect(name != "meta", "--device meta", "a device that computes, such as cpu")
@@ -222,10 +218,8 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def pick_dtype(name: str, device: str) -> "torch.dtype":
+def pick_dtype(name: str, device: str) -> torch.dtype:
     """The torch dtype to compute in; "auto" is bfloat16 where the hardware multiplies it faster than float32."""
-    import torch
-
     if name != "auto":
         return getattr(torch, name)
     if device.startswith("cuda"):

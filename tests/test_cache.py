@@ -10,7 +10,7 @@ from small import model_fixture  # noqa: F401 (a fixture)
 
 from model import Wan
 from support import cache, dataset, media
-from wan import checkpoint, text
+from wan import checkpoint
 
 
 def written(path, N=9, seed=0):
@@ -158,7 +158,7 @@ def test_prompts_load_the_encoder_only_for_what_is_new_and_without_padding(model
     opened = checkpoint.open(model, Wan)
     tokenizer, encoder = opened.tokenizer(), load(opened, torch.float32)
     with torch.no_grad():
-        whole = text.embed(tokenizer, encoder, ["a red circle moving left"])
+        whole = tokenizer.embed(encoder, ["a red circle moving left"])
     lengths = [embedding.any(-1).sum().item() for embedding in first]
     assert lengths[0] < lengths[1] < tokenizer.text_len
     assert sorted(len(load_file(path)["tensor"]) for path in (tmp_path / "cache").iterdir()) == lengths

@@ -13,6 +13,7 @@ from torch import nn
 import model
 import vta
 from model import Wan, WanConfig
+from wan import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "dit.safetensors"
 CLOSE = 1e-5  # relative; with the other formula for GELU it would be 3e-5
@@ -316,7 +317,7 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
         _small(**changes)
 
 
-def test_config_from_json(tmp_path):
+def test_a_config_of_the_original_layout_is_read(tmp_path):
     path = tmp_path / "config.json"
     published = {
         "_class_name": "WanModel", "_diffusers_version": "0.30.0", "dim": 5120, "eps": 1e-06, "ffn_dim": 13824,
@@ -324,12 +325,12 @@ def test_config_from_json(tmp_path):
         "text_len": 512,
     }  # fmt: skip
     path.write_text(json.dumps(published), encoding="utf-8")
-    config = WanConfig.from_json(path)
+    config = checkpoint.open(tmp_path, Wan).config
     assert config == WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     assert config.patch_size == (1, 2, 2) and config.text_dim == 4096
 
     path.write_text(json.dumps({"patch_size": [1, 4, 4], "text_len": 24}), encoding="utf-8")
-    assert WanConfig.from_json(str(path)) == WanConfig(patch_size=(1, 4, 4), text_len=24)
+    assert checkpoint.open(tmp_path, Wan).config == WanConfig(patch_size=(1, 4, 4), text_len=24)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.dim = 1
 

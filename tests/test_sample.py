@@ -28,7 +28,7 @@ from model import Wan
 from sample import SampleConfig
 from support import cost, dataset, media, plots, records
 from toy import world
-from wan import checkpoint, text
+from wan import checkpoint
 from wan.text import UMT5Encoder
 
 NAMES = tuple(tasks.TASKS)
@@ -345,7 +345,7 @@ def test_guidance_is_linear_in_the_scale(model):
     transformer = opened.transformer(torch.float32)
     generator = torch.Generator().manual_seed(0)
     z, tau = torch.randn(2, 16, 3, 4, 4, generator=generator), torch.rand(2, 3, generator=generator)
-    embed = partial(text.embed, opened.tokenizer(), opened.text_encoder(torch.float32))
+    embed = partial(opened.tokenizer().embed, opened.text_encoder(torch.float32))
     prompts, negative = embed(["a red circle", "a blue square"]), embed(["a white triangle"] * 2)
 
     def velocity(scale):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from wan.text import T5Config, Tokenizer, UMT5Encoder, clean, embed, position_buckets, tokenizer_files, train_tokenizer
+from wan.text import T5Config, Tokenizer, UMT5Encoder, clean, position_buckets, tokenizer_files, train_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "text.safetensors"
 SMALL = T5Config(vocab_size=50, dim=24, dim_attn=32, dim_ffn=40, num_heads=4, num_layers=2)
@@ -257,8 +257,8 @@ def test_embed_pads_each_prompt_with_zeros_and_does_not_mix_them(tmp_path):
     write_tokenizer(tmp_path, text_len=12)
     tokenizer, encoder = Tokenizer(tmp_path / "tokenizer.json", 12), UMT5Encoder(SMALL)
     prompts = ["a red circle", "red"]
-    context = embed(tokenizer, encoder, prompts)
+    context = tokenizer.embed(encoder, prompts)
     assert context.shape == (2, 12, SMALL.dim)
     assert [int(row.any(-1).sum()) for row in context] == [4, 2]  # with </s>
     for prompt, together in zip(prompts, context, strict=True):
-        torch.testing.assert_close(embed(tokenizer, encoder, [prompt])[0], together)
+        torch.testing.assert_close(tokenizer.embed(encoder, [prompt])[0], together)

@@ -124,7 +124,7 @@ def rendered_clips(
 def embedded(opened: checkpoint.Opened, config: TrainConfig, captions: list[str]) -> Context:
     """What gives the embeddings of captions, and of none: so small an encoder takes many at a time."""
     prompts, encoder, tokenizer = ["", *captions], opened.text_encoder(torch.float32, config.device), opened.tokenizer()
-    table = torch.cat([text.embed(tokenizer, encoder, prompts[i : i + 512]) for i in range(0, len(prompts), 512)])
+    table = torch.cat([tokenizer.embed(encoder, prompts[i : i + 512]) for i in range(0, len(prompts), 512)])
     table, row = table.to(getattr(torch, config.dtype)), {prompt: i for i, prompt in enumerate(prompts)}
     return lambda wanted: table[[row[prompt] for prompt in wanted]]
 

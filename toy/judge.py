@@ -45,10 +45,9 @@ class Judge:
         self.vae, self.preset, self.dtype = opened.vae(device=device), opened.preset, cli.pick_dtype(dtype, device)
         with torch.device(device):
             self.truth = torch.stack([world.render(scene) for scene in self.scenes])
-        encoder, tokenizer = opened.text_encoder(torch.float32, device), opened.tokenizer()
+        encoder, prompts = opened.text_encoder(torch.float32, device), [scene.caption for scene in self.scenes]
         with torch.no_grad():
-            ids, mask = tokenizer([scene.caption for scene in self.scenes] + [self.preset.negative_prompt])
-            embedded = encoder(ids.to(device), mask.to(device)).to(self.dtype)
+            embedded = opened.tokenizer().embed(encoder, [*prompts, self.preset.negative_prompt]).to(self.dtype)
         self.context, self.negative = embedded[:-1], embedded[-1:]
 
     def transformer(self, change: Path | str | lora.LoRA | None = None, strength: float | None = None) -> Wan:

@@ -312,7 +312,7 @@ class Opened:
         encoder = functools.cache(lambda: self.text_encoder(dtype, device))
 
         def embed(prompt: str) -> Tensor:
-            embedding = text.embed(tokenizer, encoder(), [prompt])[0]
+            embedding = tokenizer.embed(encoder(), [prompt])[0]
             return embedding[embedding.any(-1)]
 
         # Another device, or type, gives other bits.

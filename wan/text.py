@@ -196,12 +196,10 @@ class Tokenizer:
             words |= dict.fromkeys(prompt[start:end].strip().lower() for start, end in spans)
         return [word for word in words if any(map(str.isalnum, word))]
 
-
-def embed(tokenizer: Tokenizer, encoder: UMT5Encoder, prompts: list[str]) -> Tensor:
-    """What the transformer attends to: B prompts → (B,text_len,dim), on the encoder's device."""
-    ids, mask = tokenizer(prompts)
-    device = encoder.token_embedding.weight.device
-    return encoder(ids.to(device), mask.to(device))
+    def embed(self, encoder: UMT5Encoder, prompts: list[str]) -> Tensor:
+        """What the transformer attends to: B prompts → (B,text_len,dim), on the encoder's device."""
+        device = encoder.token_embedding.weight.device
+        return encoder(*(tensor.to(device) for tensor in self(prompts)))
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 256) -> tokenizers.Tokenizer:
