@@ -33,7 +33,7 @@ from support import plots
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-TITLE = "Between clean neighbours, a frame of noise is known to {} by the base, to {} with the LoRA"
+TITLE = "Of a frame between clean ones the base knows {:.0f} %, with the LoRA {:.0f} %"
 NOISY, TAUS = 0.9, (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 NETWORKS, FIRST = ("base", "Pusa"), {"noisy": NOISY, "clean": 0.0}
 TAKERS = *NETWORKS, "base, told one τ for all"
@@ -155,10 +155,17 @@ def rows(lab: Lab) -> list[Row]:
         less = (change < finetune).double().mean().item()
         found.append(Row("the LoRA changes most layers less than a finetune of all weights", "little",
             f"{less:.0%} of the layers less; median layer: LoRA {100 * change.median():.1f} %, finetune "
-            f"{100 * finetune.median():.1f} %", less > 0.5))  # fmt: skip
+            f"{100 * finetune.median():.1f} %; most: LoRA {most_changed(change)}, finetune {most_changed(finetune)}",
+            less > 0.5))  # fmt: skip
     else:
         found.append(Row("the LoRA changes little", "little", f"median layer: {100 * change.median():.1f} %", None))
     return found
+
+
+def most_changed(change: Tensor) -> str:
+    """The two kinds of layers that change most, by the mean over the blocks."""
+    means = change.view(-1, len(lora.TARGETS)).mean(0)
+    return " and ".join(f"{lora.TARGETS[i]} {100 * means[i]:.0f} %" for i in means.topk(2).indices)
 
 
 def percent(lab: Lab, name: str) -> str:
@@ -169,7 +176,7 @@ def draw(lab: Lab, path: Path) -> None:
     changed = {"LoRA": CHANGED} | ({"I2V finetune": FINETUNE} if FINETUNE in lab.figures else {})
     grids = {name: 100 * by_layer(lab, figure).view(-1, len(lora.TARGETS)).T for name, figure in changed.items()}
     most = max(grid.max().item() for grid in grids.values())
-    title = TITLE.format(*(percent(lab, known_name(name, 0.0)) for name in NETWORKS))
+    title = TITLE.format(*(100 * lab.middle(known_name(name, 0.0), median=False) for name in NETWORKS))
     with sheet(path, title, 7) as drawn:
         upper, lower = drawn.subfigures(2, 1)
         for axes, (name, grid) in zip(upper.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
