@@ -71,7 +71,7 @@ def draw(lab: Lab, path: Path | str) -> None:
     """What is given of each task, and how far its shapes are from where they must be, without the LoRA and with it."""
     shown = judged_by_error(lab)
     told, flat = (sum(map(bool, nearer(lab, other).values())) for other in (BASE, FLAT))
-    title = f"One LoRA, trained for no task, beats the base in {told} of {len(shown)}, told one τ for all in {flat}"
+    title = f"One LoRA beats the base in {told} of {len(shown)} tasks, in {flat} if that is told one τ for all frames"
     with page(path, title, (1, 2.4), 3.8) as (given, errors):
         for row, task in enumerate(shown):
             filled, F = given_latents(task), len(Judge.plan(task).m)
@@ -80,9 +80,10 @@ def draw(lab: Lab, path: Path | str) -> None:
             )
             for network, y in ((BASE, row), (PUSA, row), (FLAT, row + 0.3)):
                 (colour, label), name = MARKS[network], f"{task}, {network}: error"
-                each, beside = lab.each(name), {"textcoords": "offset points", "va": "center_baseline"}
+                each, (edge, side, where) = lab.each(name), (min, -8, "right") if network == PUSA else (max, 8, "left")
                 errors.scatter(each, [y] * len(each), s=28, color=colour, label=None if row else label, zorder=2)
-                errors.annotate(f"{lab.middle(name):.1f}", (max(each), y), (8, 0), color=colour, **beside)
+                at, beside = (edge(each), y), {"textcoords": "offset points", "ha": where, "va": "center_baseline"}
+                errors.annotate(f"{lab.middle(name):.1f}", at, (side, 0), color=colour, **beside)
             ends = [lab.middle(f"{task}, {network}: error") for network in (BASE, PUSA)]
             errors.plot(ends, [row, row], color="#cccccc", linewidth=3, zorder=1)
         given.set_yticks(range(len(shown)), [LABELS.get(task, task) for task in shown])
