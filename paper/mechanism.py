@@ -143,7 +143,8 @@ def rows(lab: Lab) -> list[Row]:
     found = [
         Row("the LoRA teaches a frame to take what clean neighbours show", "temporal dynamics injected",
             "known of a frame of noise between clean ones: "
-            + ", ".join(f"{n} {percent(lab, name)}" for n, name in clean.items()), every(taught)),
+            + ", ".join(f"{n} {percent(lab, name)}" for n, name in clean.items()), every(taught),
+            " → ".join(percent(lab, clean[n]) for n in NETWORKS)),
         Row("the prior is kept: among pure noise, Pusa knows what the base knows, to 5 %", "prior kept",
             "known of a frame among pure noise: " + ", ".join(f"{n} {percent(lab, among[n])}" for n in NETWORKS), kept),
         Row("by the LoRA, later frames attend to the first one a tenth more when it is clean", "in the right place",

@@ -133,7 +133,7 @@ def rows(lab: Lab) -> list[Row]:
     tasks, found, worse = lab.few(TASKS), [], {}
     for name in ("seed-0", "embedded"):
         good = [task for task in tasks if needs_its_own(lab, task, name)]
-        worse[name] = f"{NETWORKS[name]} {len(good)} of {len(tasks)} ({', '.join(good) or 'none'})"
+        worse[name] = f"{NETWORKS[name]} {len(good)} of {len(tasks)}", f" ({', '.join(good) or 'none'})"
     for task in tasks:
         ours = []
         for name, label in NETWORKS.items():
@@ -142,9 +142,9 @@ def rows(lab: Lab) -> list[Row]:
             ours.append(f"{label}: {', '.join(each)}")
         holds = needs_its_own(lab, task, "seed-0")
         found.append(Row(f"{task} needs each frame's own level", "stated, no figure", "; ".join(ours), holds))
-    ours = f"tasks that get worse by one level for all: {'; '.join(worse.values())}"
-    holds = every(row.holds for row in found)
-    whole = [Row("a vector carries the tasks", "stated, no figure", ours, holds)]
+    ours = f"tasks that get worse by one level for all: {'; '.join(map(''.join, worse.values()))}"
+    holds, short = every(row.holds for row in found), f"worse told one level: {', '.join(n for n, _ in worse.values())}"
+    whole = [Row("a vector carries the tasks", "stated, no figure", ours, holds, short)]
     asked = {"base": SCALARS[0], "seed-0": RIGHT, "embedded": RIGHT}
     ours = "; ".join(
         f"{task}: " + ", ".join(f"{NETWORKS[n]} {lab.told(f'{task}, {n}: {told}')}" for n, told in asked.items())

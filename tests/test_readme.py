@@ -30,7 +30,7 @@ import flow
 import sample
 import tasks
 import train
-from paper import context, efficiency, end_latent, history, lab, retake, stream, vbench, vector
+from paper import context, efficiency, end_latent, history, lab, retake, stream, vbench, vector, zero_shot
 from play.__main__ import PlayConfig
 from support import cli, dataset, records, report
 from toy import grow, judge, world
@@ -411,9 +411,11 @@ def test_every_number_is_that_of_the_code():
     pusa, finetune = (titled.middle(f"{way}, {n[-1]} steps") for way, n in efficiency.budgets(titled).items())
     base, _, kept, lost = (titled.middle(f"T2V: {name}", median=False) for name in efficiency.T2V)
     assert 0.2 < efficiency.ratio(titled).told < 0.3 and 3.5 < pusa / finetune < 4.5
+    against = [zero_shot.nearer(lab.Lab(lab.Config(), "zero_shot"), base) for base in (zero_shot.BASE, zero_shot.FLAT)]
+    assert [[*each.values()].count(True) for each in against] == [len(against[0]), 0] == [6, 0]
     facts = (
         f"({finetune:.1f} against {pusa:.1f} px)",
-        f"({kept:.0f} % as prompted, where the finetune falls from {base:.0f} to {lost:.0f} %)",
+        f"({kept:.0f} % as prompted, where the finetune falls from {base:.0f} to {lost:.0f} %",
         f"{after:.1f} instead of {before:.1f} px",
         f"in {idea} lines",
         f"in {machine:,} lines",
