@@ -30,7 +30,7 @@ import flow
 import sample
 import tasks
 import train
-from paper import context, efficiency, end_latent, history, lab, retake, stream, vbench, vector, zero_shot
+from paper import ablation, context, efficiency, end_latent, history, lab, retake, stream, vbench, vector, zero_shot
 from play.__main__ import PlayConfig
 from support import cli, dataset, records, report
 from toy import grow, judge, world
@@ -413,7 +413,16 @@ def test_every_number_is_that_of_the_code():
     assert 0.2 < efficiency.ratio(titled).told < 0.3 and 3.5 < pusa / finetune < 4.5
     against = [zero_shot.nearer(lab.Lab(lab.Config(), "zero_shot"), base) for base in (zero_shot.BASE, zero_shot.FLAT)]
     assert [[*each.values()].count(True) for each in against] == [len(against[0]), 0] == [6, 0]
+    bench = lab.Lab(lab.Config(), "ablation")
+    curves = ablation.curves(bench)
+    strength, noise, *best = (ablation.best(bench, curves[n]) for n in ("rank 32", "noise", "sampling", "p_async"))
+    assert best == [10, 1]
+    spoilt = bench.middle(curves["strength, t2v"][strength].name, median=False)
+    usual, two = (bench.middle(run.name) for run in (ablation.Run(), curves["two levels"][0]))
     facts = (
+        f"strength {strength:g} (but text-to-video then\nfalls to {spoilt:.0f} %), noise {noise:g} on the image",
+        f"two levels alone do not help at {lab.STEPS} steps",
+        f"({two:.1f} instead of {usual:.1f} px in `i2v`)",
         f"({finetune:.1f} against {pusa:.1f} px)",
         f"({kept:.0f} % as prompted, where the finetune falls from {base:.0f} to {lost:.0f} %",
         f"{after:.1f} instead of {before:.1f} px",
