@@ -41,8 +41,12 @@ def measure(lab: Lab) -> None:
             for figure in figures:
                 lab.figure(f"{task}, {network}: {figure}", lambda seed, j=judged, f=figure: j(seed)[f], same)
     for task in judged_by_error(lab):
-        told_one = partial(lab.error, lab.network(BASE), task, context_noise=1.0)
-        lab.figure(f"{task}, {FLAT}: error", told_one, f"vector: {task}, {BASE}: {SCALARS[0]}")
+        same = f"vector: {task}, {BASE}: {SCALARS[0]}"
+        lab.figure(f"{task}, {FLAT}: error", partial(_told_one, lab, task), same)
+
+
+def _told_one(lab: Lab, task: str, seed: int) -> Tensor:
+    return lab.error(lab.network(BASE), task, seed, context_noise=1.0)
 
 
 def judged_by_error(lab: Lab) -> list[str]:

@@ -72,9 +72,9 @@ def test_the_mean_level_for_all_frames_does_harm(monkeypatch):
 def test_two_steps_are_too_few_and_the_shift_is_not_seen():
     ten, two, unshifted = prompted(), prompted(steps=2), prompted(shift=1.0)
     assert ten >= 14 and two <= 8 and abs(unshifted - ten) <= 3
-    for name, count in (("ten steps", ten), ("two steps", two), ("ten steps, shift 1", unshifted)):
-        told = int(re.search(rf"^\| {name} \| (\d+) of 16 \|", README, re.M)[1])
-        assert abs(told - count) <= 1, (name, told, count)  # one clip may be on the edge elsewhere
+    for name, count in (("ten steps", ten), ("two steps", two)):
+        assert f"| {name} | {count} of 16 |" in README
+    assert f"| ten steps, shift 1 | {unshifted} of 16 |" in README
 
 
 @pytest.mark.slow

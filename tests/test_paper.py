@@ -306,6 +306,7 @@ def test_the_ablation_varies_one_setting_at_a_time(config, monkeypatch, tmp_path
     varied = {run: sum(a != b for a, b in zip(run, ablation.Run(), strict=True)) for run, _ in asked}
     assert set(varied.values()) == {0, 1, 2, 3}
     assert {run.lora for run, count in varied.items() if count == 3} == {"async-0"}
+    assert {run.lora for run in varied if run.context_noise} == {"async-0", "seed-0"}
     holds = {row.claim.partition(":")[0].partition(" (")[0]: row.holds for row in ablation.rows(bench)}
     assert holds == {
         "10 steps of sampling suffice": False, "strength 1.7 is better than 1": True,
